@@ -1,0 +1,111 @@
+// Package adminv1 is what a running mesh tells its operator over the control
+// plane's and the agent's admin sockets: JSON over HTTP on a unix socket that
+// only root may open.
+//
+//	GET  agent.sock   /v1/status        -> AgentStatus
+//	GET  agent.sock   /v1/certificates  -> []Certificate
+//	GET  agent.sock   /v1/audit?since=RFC3339&from=&to=&verdict=&side=&limit=  -> newline-delimited audit.Record
+//	GET  agent.sock   /v1/audit/verify  -> AuditVerification
+//	GET  agent.sock   /metrics, control.sock /metrics (Prometheus)
+//	GET  control.sock /v1/status        -> ControlStatus
+//	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
+//
+// An error is a status of 4xx or 5xx with a body of {"error": "..."}.
+package adminv1
+
+import (
+	"time"
+
+	"github.com/signet-mesh/signet/authz"
+)
+
+// ControlStatus is the state of the control plane.
+type ControlStatus struct {
+	TrustDomain string `json:"trustDomain"`
+	// Revision is the content hash of what is in force.
+	Revision string    `json:"revision"`
+	Since    time.Time `json:"since"` // when the revision came into force
+	// Rejected describes the newest edit when it was refused and the last
+	// good state is still in force; empty otherwise.
+	Rejected []string           `json:"rejected,omitempty"`
+	Policies int                `json:"policies"`
+	Invalid  []authz.Diagnostic `json:"invalid,omitempty"`
+	Nodes    []NodeStatus       `json:"nodes"`
+}
+
+// NodeStatus is one node as the control plane sees it.
+type NodeStatus struct {
+	Name      string    `json:"name"`
+	Connected bool      `json:"connected"`
+	Revision  string    `json:"revision"` // acknowledged by the node's proxy
+	Since     time.Time `json:"since"`
+}
+
+// AgentStatus is the state of one node.
+type AgentStatus struct {
+	Node             string           `json:"node"`
+	ControlConnected bool             `json:"controlConnected"`
+	ProxyConnected   bool             `json:"proxyConnected"`
+	Revision         string           `json:"revision"`
+	Workloads        []WorkloadStatus `json:"workloads"`
+	Audit            AuditStatus      `json:"audit"`
+}
+
+// WorkloadStatus is one local workload.
+type WorkloadStatus struct {
+	Workload string `json:"workload"` // namespace/name
+	ID       string `json:"id"`
+	Mode     string `json:"mode"`
+	// Captured is true only after the kernel's rules have been read back and
+	// the proxy has taken the workload's listeners.
+	Captured bool `json:"captured"`
+	// Problem says why it is not captured; empty when it is, or when no
+	// capture is asked for.
+	Problem string `json:"problem,omitempty"`
+	// Connections are the open inbound connections.
+	Connections int `json:"connections"`
+}
+
+// AuditStatus is the state of the node's audit store.
+type AuditStatus struct {
+	Records uint64 `json:"records"`
+	Open    uint64 `json:"open"`
+	// Gaps counts records known to be missing.
+	Gaps uint64 `json:"gaps"`
+}
+
+// Certificate is one certificate that the agent holds.
+type Certificate struct {
+	Holder    string    `json:"holder"` // namespace/name, or "node"
+	ID        string    `json:"id"`
+	Serial    string    `json:"serial"`
+	NotBefore time.Time `json:"notBefore"`
+	NotAfter  time.Time `json:"notAfter"`
+	// RenewAt is when the agent will ask for the next one.
+	RenewAt time.Time `json:"renewAt"`
+	// Issuer is the hexadecimal subject key id of the issuing certificate.
+	Issuer string `json:"issuer"`
+	// LastError is why the latest renewal failed, if it did.
+	LastError string `json:"lastError,omitempty"`
+}
+
+// Explanation is the answer to "may FROM reach TO on PORT, and why".
+type Explanation struct {
+	From     string           `json:"from"`
+	To       string           `json:"to"` // the target's SPIFFE ID
+	Port     int              `json:"port"`
+	Mode     string           `json:"mode"` // of the target's namespace
+	Verdict  string           `json:"verdict"`
+	Reason   string           `json:"reason"`
+	Policy   string           `json:"policy,omitempty"`
+	Near     []authz.NearMiss `json:"nearMisses,omitempty"`
+	Revision string           `json:"revision,omitempty"`
+}
+
+// AuditVerification is the result of reading the whole store.
+type AuditVerification struct {
+	Batches uint64 `json:"batches"`
+	Records uint64 `json:"records"`
+	// Fault is empty when every batch is intact and linked to the one before.
+	Fault string `json:"fault,omitempty"`
+}

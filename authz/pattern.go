@@ -1,0 +1,4 @@
+package authz
+
+// Pattern matches SPIFFE IDs segment by segment.
+type Pattern struct{}

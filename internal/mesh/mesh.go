@@ -1,0 +1,151 @@
+// Package mesh holds the parsed facts that the other packages work on:
+// workloads, services, namespaces. Values are immutable once built; every
+// identity and address in them has been validated.
+package mesh
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Ports that the mesh itself listens on inside a captured network namespace.
+// No service or policy may name them.
+const (
+	PortOutbound = 15001 // captured outbound connections
+	PortInbound  = 15006 // inbound connections that came without a tunnel
+	PortTunnel   = 15008 // inbound mTLS tunnels
+)
+
+// SocketMark is the SO_MARK on every socket that the node proxy opens, so
+// that the capture rules do not capture the proxy itself.
+const SocketMark = 0x539
+
+// Mode says how a namespace takes part in the mesh.
+type Mode uint8
+
+// The modes. The zero value takes no part: it is captured by nobody and
+// receives no identity.
+const (
+	ModeOff     Mode = iota
+	ModeObserve      // everything flows; what would be denied is recorded
+	ModeEnforce      // only what a policy allows flows
+)
+
+// ParseMode reads the value of the namespace annotation.
+func ParseMode(s string) (Mode, bool) {
+	switch s {
+	case "", "off":
+		return ModeOff, true
+	case "observe":
+		return ModeObserve, true
+	case "enforce":
+		return ModeEnforce, true
+	}
+	return ModeOff, false
+}
+
+// String returns the annotation's value.
+func (m Mode) String() string {
+	switch m {
+	case ModeObserve:
+		return "observe"
+	case ModeEnforce:
+		return "enforce"
+	}
+	return "off"
+}
+
+// State is everything known about the mesh at one instant, except policies.
+// Slices are sorted by namespace, then name.
+type State struct {
+	TrustDomain spiffeid.TrustDomain
+	SVIDTTL     time.Duration
+	// RefuseUnknown closes connections to destinations outside the mesh.
+	RefuseUnknown bool
+	Namespaces    map[string]Mode // absent means ModeOff
+	Workloads     []Workload
+	Services      []Service
+}
+
+// Workload is one identity in one place.
+type Workload struct {
+	Namespace      string
+	Name           string
+	ServiceAccount string
+	ID             spiffeid.ID
+	Node           string
+	Attest         *Attest  // nil: not available over the Workload API
+	Capture        *Capture // nil: not captured
+}
+
+// Key returns "namespace/name".
+func (w *Workload) Key() string { return w.Namespace + "/" + w.Name }
+
+// Attest is what a process must be; nil or empty fields are not looked at,
+// and at least one is set.
+type Attest struct {
+	UID         *uint32
+	Path        string
+	SHA256      string
+	SystemdUnit string
+	Cgroup      string
+}
+
+// Capture is a network namespace whose TCP traffic passes the node proxy.
+type Capture struct {
+	NetNS string // absolute path
+	Addrs []netip.Addr
+}
+
+// Service is a virtual address in front of endpoints.
+type Service struct {
+	Namespace string
+	Name      string
+	VIPs      []netip.Addr
+	Ports     []ServicePort
+	Endpoints []Endpoint
+}
+
+// Key returns "namespace/name".
+func (s *Service) Key() string { return s.Namespace + "/" + s.Name }
+
+// ServicePort maps a service port to the endpoints' port.
+type ServicePort struct {
+	Name   string
+	Port   uint16
+	Target uint16
+}
+
+// Endpoint is a workload of the mesh (Workload is its key) or a plain
+// address; exactly one is set.
+type Endpoint struct {
+	Workload string
+	Addr     netip.Addr
+}
+
+// Workload returns the workload with the given key, or nil.
+func (s *State) Workload(key string) *Workload {
+	for i := range s.Workloads {
+		if s.Workloads[i].Key() == key {
+			return &s.Workloads[i]
+		}
+	}
+	return nil
+}
+
+// Mode returns the mode of a namespace.
+func (s *State) Mode(namespace string) Mode { return s.Namespaces[namespace] }
+
+// OnNode returns the enrolled workloads of one node: those whose namespace
+// is not off.
+func (s *State) OnNode(node string) []Workload {
+	var out []Workload
+	for _, w := range s.Workloads {
+		if w.Node == node && s.Mode(w.Namespace) != ModeOff {
+			out = append(out, w)
+		}
+	}
+	return out
+}
