@@ -1,0 +1,4 @@
+package authz
+
+// Model is a compiled set of policies. It is immutable.
+type Model struct{}

@@ -1,0 +1,46 @@
+package mesh
+
+import (
+	"sync"
+
+	"github.com/signet-mesh/signet/authz"
+)
+
+// View is one consistent picture of the mesh. It is replaced whole and never
+// edited.
+type View struct {
+	// Revision is the content hash of State and the policies.
+	Revision string
+	State    *State
+	Model    *authz.Model
+}
+
+// Feed hands the newest View to any number of readers. The zero Feed is empty
+// and ready. It is safe for concurrent use.
+type Feed struct {
+	mu      sync.Mutex
+	view    *View         // guarded by mu
+	changed chan struct{} // guarded by mu; closed and replaced by Set
+}
+
+// Set replaces the view and wakes every reader that waits.
+func (f *Feed) Set(v *View) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.view = v
+	if f.changed != nil {
+		close(f.changed)
+		f.changed = nil
+	}
+}
+
+// Get returns the newest view, nil before the first Set, and a channel that is
+// closed when a newer one has been set.
+func (f *Feed) Get() (*View, <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.changed == nil {
+		f.changed = make(chan struct{})
+	}
+	return f.view, f.changed
+}
