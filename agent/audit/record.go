@@ -71,6 +71,9 @@ type Party struct {
 	Address string `json:"address,omitempty"`
 	// Serial is the hexadecimal serial number of the certificate.
 	Serial string `json:"serial,omitempty"`
+	// Via is the address of the proxy's own socket towards the application,
+	// at the destination.
+	Via string `json:"via,omitempty"`
 }
 
 // TLS is what the handshake negotiated.

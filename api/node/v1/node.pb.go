@@ -318,6 +318,87 @@ func (x *WatchRequest) GetRevision() string {
 	return ""
 }
 
+type ReportRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The newest revision that the node's proxy has taken in full.
+	Revision      string `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ReportRequest) GetRevision() string {
+	if x != nil {
+		return x.Revision
+	}
+	return ""
+}
+
+type ReportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse) Reset() {
+	*x = ReportResponse{}
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse) ProtoMessage() {}
+
+func (x *ReportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
+func (*ReportResponse) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+}
+
 // NodeState is all that a node's agent works with.
 type NodeState struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -327,13 +408,16 @@ type NodeState struct {
 	SvidTtlSeconds int64                  `protobuf:"varint,4,opt,name=svid_ttl_seconds,json=svidTtlSeconds,proto3" json:"svid_ttl_seconds,omitempty"`
 	Workloads      []*Workload            `protobuf:"bytes,5,rep,name=workloads,proto3" json:"workloads,omitempty"` // enrolled workloads of this node
 	Policies       []*Policy              `protobuf:"bytes,6,rep,name=policies,proto3" json:"policies,omitempty"`   // policies that protect them
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The content hash of the node's xDS resources in this revision: when the
+	// proxy has taken resources with this hash, the revision is in force.
+	XdsVersion    string `protobuf:"bytes,7,opt,name=xds_version,json=xdsVersion,proto3" json:"xds_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -345,7 +429,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -358,7 +442,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -403,6 +487,13 @@ func (x *NodeState) GetPolicies() []*Policy {
 	return nil
 }
 
+func (x *NodeState) GetXdsVersion() string {
+	if x != nil {
+		return x.XdsVersion
+	}
+	return ""
+}
+
 type Workload struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Namespace      string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -418,7 +509,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -430,7 +521,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -443,7 +534,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -508,7 +599,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -520,7 +611,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -533,7 +624,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -581,7 +672,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -593,7 +684,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -606,7 +697,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Capture) GetNetns() string {
@@ -636,7 +727,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +739,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +752,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -718,14 +809,19 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\rIssueResponse\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\"*\n" +
 	"\fWatchRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\tR\brevision\"\xf8\x01\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\"+\n" +
+	"\rReportRequest\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\"\x10\n" +
+	"\x0eReportResponse\"\x99\x02\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
 	"\x06bundle\x18\x03 \x03(\fR\x06bundle\x12(\n" +
 	"\x10svid_ttl_seconds\x18\x04 \x01(\x03R\x0esvidTtlSeconds\x126\n" +
 	"\tworkloads\x18\x05 \x03(\v2\x18.signet.node.v1.WorkloadR\tworkloads\x122\n" +
-	"\bpolicies\x18\x06 \x03(\v2\x16.signet.node.v1.PolicyR\bpolicies\"\xf9\x01\n" +
+	"\bpolicies\x18\x06 \x03(\v2\x16.signet.node.v1.PolicyR\bpolicies\x12\x1f\n" +
+	"\vxds_version\x18\a \x01(\tR\n" +
+	"xdsVersion\"\xf9\x01\n" +
 	"\bWorkload\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12'\n" +
@@ -749,12 +845,13 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
 	"\x16target_service_account\x18\x03 \x01(\tR\x14targetServiceAccount\x12\x14\n" +
 	"\x05ports\x18\x04 \x03(\rR\x05ports\x12\x12\n" +
-	"\x04from\x18\x05 \x03(\tR\x04from2\x90\x02\n" +
+	"\x04from\x18\x05 \x03(\tR\x04from2\xd9\x02\n" +
 	"\x04Node\x12=\n" +
 	"\x04Join\x12\x1b.signet.node.v1.JoinRequest\x1a\x18.signet.node.v1.NodeSVID\x12?\n" +
 	"\x05Renew\x12\x1c.signet.node.v1.RenewRequest\x1a\x18.signet.node.v1.NodeSVID\x12D\n" +
 	"\x05Issue\x12\x1c.signet.node.v1.IssueRequest\x1a\x1d.signet.node.v1.IssueResponse\x12B\n" +
-	"\x05Watch\x12\x1c.signet.node.v1.WatchRequest\x1a\x19.signet.node.v1.NodeState0\x01B2Z0github.com/signet-mesh/signet/api/node/v1;nodev1b\x06proto3"
+	"\x05Watch\x12\x1c.signet.node.v1.WatchRequest\x1a\x19.signet.node.v1.NodeState0\x01\x12G\n" +
+	"\x06Report\x12\x1d.signet.node.v1.ReportRequest\x1a\x1e.signet.node.v1.ReportResponseB2Z0github.com/signet-mesh/signet/api/node/v1;nodev1b\x06proto3"
 
 var (
 	file_api_node_v1_node_proto_rawDescOnce sync.Once
@@ -768,35 +865,39 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_api_node_v1_node_proto_goTypes = []any{
-	(*JoinRequest)(nil),   // 0: signet.node.v1.JoinRequest
-	(*RenewRequest)(nil),  // 1: signet.node.v1.RenewRequest
-	(*NodeSVID)(nil),      // 2: signet.node.v1.NodeSVID
-	(*IssueRequest)(nil),  // 3: signet.node.v1.IssueRequest
-	(*IssueResponse)(nil), // 4: signet.node.v1.IssueResponse
-	(*WatchRequest)(nil),  // 5: signet.node.v1.WatchRequest
-	(*NodeState)(nil),     // 6: signet.node.v1.NodeState
-	(*Workload)(nil),      // 7: signet.node.v1.Workload
-	(*Attest)(nil),        // 8: signet.node.v1.Attest
-	(*Capture)(nil),       // 9: signet.node.v1.Capture
-	(*Policy)(nil),        // 10: signet.node.v1.Policy
+	(*JoinRequest)(nil),    // 0: signet.node.v1.JoinRequest
+	(*RenewRequest)(nil),   // 1: signet.node.v1.RenewRequest
+	(*NodeSVID)(nil),       // 2: signet.node.v1.NodeSVID
+	(*IssueRequest)(nil),   // 3: signet.node.v1.IssueRequest
+	(*IssueResponse)(nil),  // 4: signet.node.v1.IssueResponse
+	(*WatchRequest)(nil),   // 5: signet.node.v1.WatchRequest
+	(*ReportRequest)(nil),  // 6: signet.node.v1.ReportRequest
+	(*ReportResponse)(nil), // 7: signet.node.v1.ReportResponse
+	(*NodeState)(nil),      // 8: signet.node.v1.NodeState
+	(*Workload)(nil),       // 9: signet.node.v1.Workload
+	(*Attest)(nil),         // 10: signet.node.v1.Attest
+	(*Capture)(nil),        // 11: signet.node.v1.Capture
+	(*Policy)(nil),         // 12: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
-	7,  // 0: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	10, // 1: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	8,  // 2: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	9,  // 3: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	9,  // 0: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	12, // 1: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	10, // 2: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	11, // 3: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
 	0,  // 4: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
 	1,  // 5: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
 	3,  // 6: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
 	5,  // 7: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	2,  // 8: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	2,  // 9: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	4,  // 10: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	6,  // 11: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	8,  // [8:12] is the sub-list for method output_type
-	4,  // [4:8] is the sub-list for method input_type
+	6,  // 8: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	2,  // 9: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	2,  // 10: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	4,  // 11: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	8,  // 12: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	7,  // 13: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	9,  // [9:14] is the sub-list for method output_type
+	4,  // [4:9] is the sub-list for method input_type
 	4,  // [4:4] is the sub-list for extension type_name
 	4,  // [4:4] is the sub-list for extension extendee
 	0,  // [0:4] is the sub-list for field type_name
@@ -807,14 +908,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[8].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[10].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,10 +26,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Node_Join_FullMethodName  = "/signet.node.v1.Node/Join"
-	Node_Renew_FullMethodName = "/signet.node.v1.Node/Renew"
-	Node_Issue_FullMethodName = "/signet.node.v1.Node/Issue"
-	Node_Watch_FullMethodName = "/signet.node.v1.Node/Watch"
+	Node_Join_FullMethodName   = "/signet.node.v1.Node/Join"
+	Node_Renew_FullMethodName  = "/signet.node.v1.Node/Renew"
+	Node_Issue_FullMethodName  = "/signet.node.v1.Node/Issue"
+	Node_Watch_FullMethodName  = "/signet.node.v1.Node/Watch"
+	Node_Report_FullMethodName = "/signet.node.v1.Node/Report"
 )
 
 // NodeClient is the client API for Node service.
@@ -45,6 +46,8 @@ type NodeClient interface {
 	Issue(ctx context.Context, in *IssueRequest, opts ...grpc.CallOption) (*IssueResponse, error)
 	// Watch streams the calling node's view. Every message is the full state.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[NodeState], error)
+	// Report tells how far the calling node is.
+	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 }
 
 type nodeClient struct {
@@ -104,6 +107,16 @@ func (c *nodeClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.C
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_WatchClient = grpc.ServerStreamingClient[NodeState]
 
+func (c *nodeClient) Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportResponse)
+	err := c.cc.Invoke(ctx, Node_Report_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
@@ -117,6 +130,8 @@ type NodeServer interface {
 	Issue(context.Context, *IssueRequest) (*IssueResponse, error)
 	// Watch streams the calling node's view. Every message is the full state.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[NodeState]) error
+	// Report tells how far the calling node is.
+	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -138,6 +153,9 @@ func (UnimplementedNodeServer) Issue(context.Context, *IssueRequest) (*IssueResp
 }
 func (UnimplementedNodeServer) Watch(*WatchRequest, grpc.ServerStreamingServer[NodeState]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedNodeServer) Report(context.Context, *ReportRequest) (*ReportResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Report not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -225,6 +243,24 @@ func _Node_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_WatchServer = grpc.ServerStreamingServer[NodeState]
 
+func _Node_Report_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).Report(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_Report_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).Report(ctx, req.(*ReportRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -243,6 +279,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Issue",
 			Handler:    _Node_Issue_Handler,
+		},
+		{
+			MethodName: "Report",
+			Handler:    _Node_Report_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -1,0 +1,152 @@
+package capture
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+)
+
+// Apply puts capture in place: the rules, in one transaction that replaces
+// whatever is in the table, and then the settings. Where everything is in
+// place already it changes nothing. When it repairs, connections through the
+// proxy survive.
+//
+// Connections from before that pass the proxy by break at their next packet;
+// ResetEstablished ends them, idle ones too, at once.
+func (n *NS) Apply() error {
+	n.apply.Lock()
+	defer n.apply.Unlock()
+	err := n.verify()
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, ErrNotCaptured) {
+		return err
+	}
+	saved, err := n.saved()
+	if err != nil {
+		return err
+	}
+	now, err := n.readSettings()
+	if err != nil {
+		return err
+	}
+	if saved == nil {
+		saved = now
+	}
+	if err := n.writeRules(saved); err != nil {
+		return err
+	}
+	return n.writeSettings(wanted(saved))
+}
+
+// Remove takes the rules away and restores the settings as they were before
+// the first Apply. Captured connections end, since the kernel stops
+// translating their addresses. Where nothing is in place it does nothing.
+func (n *NS) Remove() error {
+	n.apply.Lock()
+	defer n.apply.Unlock()
+	found, err := n.findTable()
+	if err != nil || found == nil {
+		return err
+	}
+	saved, err := n.saved()
+	if err != nil {
+		return err
+	}
+	// Settings first: should this process die in between, the saved values
+	// are still there for the next attempt.
+	if saved != nil {
+		if err := n.writeSettings(saved); err != nil {
+			return err
+		}
+	}
+	c, err := n.nft()
+	if err != nil {
+		return err
+	}
+	c.DelTable(table)
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("capture: %s: remove rules: %w", n.path, err)
+	}
+	return nil
+}
+
+func (n *NS) nft() (*nftables.Conn, error) {
+	c, err := nftables.New(nftables.WithNetNSFd(n.fd()))
+	if err != nil {
+		return nil, fmt.Errorf("capture: %s: nftables: %w", n.path, err)
+	}
+	return c, nil
+}
+
+// writeRules replaces the table in one transaction.
+func (n *NS) writeRules(saved settings) error {
+	c, err := n.nft()
+	if err != nil {
+		return err
+	}
+	c.AddTable(table) // so that there is one to delete
+	c.DelTable(table)
+	c.AddTable(table)
+	for _, ch := range append(ruleset(), savedRules(saved)) {
+		at := c.AddChain(ch.chain())
+		for _, r := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: table, Chain: at, Exprs: r.exprs, UserData: comment(r.comment)})
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("capture: %s: write rules (the kernel needs nf_tables with nat, redir and reject for inet): %w", n.path, err)
+	}
+	return nil
+}
+
+// savedChunk bounds a comment: the kernel takes 256 bytes for it all.
+const savedChunk = 200
+
+// savedRules holds settings in comments, cut where they are too long for one.
+func savedRules(s settings) chain {
+	var lines []string
+	for _, name := range slices.Sorted(maps.Keys(s)) {
+		lines = append(lines, name+"="+s[name])
+	}
+	text := strings.Join(lines, ";")
+	out := chain{name: savedChain}
+	for part := range slices.Chunk([]byte(text), savedChunk) {
+		out.rules = append(out.rules, rule{string(part), done()})
+	}
+	return out
+}
+
+// saved reads back what savedRules wrote: nil if there is none.
+func (n *NS) saved() (settings, error) {
+	rules, err := n.readRules()
+	if err != nil {
+		return nil, err
+	}
+	var text strings.Builder
+	for _, r := range rules {
+		if r.chain == savedChain {
+			text.WriteString(commentText(r.userData))
+		}
+	}
+	if text.Len() == 0 {
+		return nil, nil
+	}
+	out := settings{}
+	for line := range strings.SplitSeq(text.String(), ";") {
+		name, value, ok := strings.Cut(line, "=")
+		if !ok || !slices.Contains(settingNames, name) {
+			return nil, nil // not ours: somebody altered it
+		}
+		out[name] = value
+	}
+	if len(out) != len(settingNames) {
+		return nil, nil
+	}
+	return out, nil
+}

@@ -1,0 +1,101 @@
+// Package capture puts the node proxy in the way of a network namespace's TCP
+// traffic, looks at the sockets in it, and ends the ones that may not go on.
+//
+// # What the rules do
+//
+// One nftables table, "inet signet", in each captured namespace:
+//
+//   - output: IPv4 TCP to anything but the namespace itself is redirected to
+//     the proxy's outbound port, except from sockets with the proxy's mark.
+//   - input: IPv4 TCP from outside is redirected to the proxy's port for
+//     connections without a tunnel, except to the tunnel port. There is no
+//     exception for a mark here: marks do not cross namespaces, so nothing
+//     honest would need it.
+//   - the proxy's own connections to its capture ports in the same namespace
+//     are refused, so that a tunnel which asks for those ports cannot loop.
+//   - IPv4 TCP that was not redirected, although it should have been, is
+//     refused in both directions: the kernel redirects a connection by its
+//     first packet, so one that it tracked before, or a new one on the ports
+//     of such, would slip by.
+//   - IPv6 TCP from or to the outside is refused in both directions, open
+//     connections included, since the proxy listens on IPv4 only. Neighbour
+//     discovery (ICMPv6) and IPv6 on loopback work.
+//   - Other protocols (UDP, SCTP, ICMP) are left alone: they are neither
+//     protected nor recorded.
+//
+// Connections inside the namespace (loopback, or its own addresses) are left
+// alone.
+//
+// # What they do not do
+//
+// The rules bind processes without special rights. A process in the namespace
+// that has CAP_NET_ADMIN can remove them (Verify notices), and one that has
+// CAP_NET_ADMIN or, since Linux 5.17, CAP_NET_RAW can set the proxy's mark on
+// its sockets and so leave without the proxy. It gains no identity by that:
+// enforcing peers refuse what comes without a tunnel. Workloads should drop
+// both capabilities.
+//
+// # Threads
+//
+// Entering a namespace moves an OS thread. All functions keep it locked
+// meanwhile, move it back, and give up the thread if that fails. They are safe
+// for concurrent use.
+package capture
+
+import (
+	"errors"
+	"net/netip"
+)
+
+// Errors that callers act on, found with errors.Is.
+var (
+	// ErrNotCaptured: the namespace was read, and the rules or settings in
+	// it are not those that Apply writes.
+	ErrNotCaptured = errors.New("capture is not in place")
+	// ErrNotFound: there is no such connection (any more).
+	ErrNotFound = errors.New("no such connection")
+	// ErrUnsupported: the kernel cannot list or destroy sockets.
+	ErrUnsupported = errors.New("the kernel lacks CONFIG_INET_DIAG or CONFIG_INET_DIAG_DESTROY")
+)
+
+// Apply captures a namespace; see NS.Apply.
+func Apply(netns string) error { return with(netns, (*NS).Apply) }
+
+// Verify returns nil only when capture is in place; see NS.Verify.
+func Verify(netns string) error { return with(netns, (*NS).Verify) }
+
+// Remove undoes Apply; see NS.Remove.
+func Remove(netns string) error { return with(netns, (*NS).Remove) }
+
+// ResetEstablished ends the connections that bypass the proxy; see
+// NS.ResetEstablished.
+func ResetEstablished(netns string) (n int, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		n, err = ns.ResetEstablished()
+		return err
+	})
+	return n, err
+}
+
+// Sockets lists TCP sockets; see NS.Sockets.
+func Sockets(netns string) (list []Socket, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		list, err = ns.Sockets()
+		return err
+	})
+	return list, err
+}
+
+// Destroy ends one connection; see NS.Destroy.
+func Destroy(netns string, local, remote netip.AddrPort) error {
+	return with(netns, func(ns *NS) error { return ns.Destroy(local, remote) })
+}
+
+func with(netns string, f func(*NS) error) (err error) {
+	ns, err := Open(netns)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ns.Close()) }()
+	return f(ns)
+}

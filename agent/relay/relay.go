@@ -1,0 +1,173 @@
+// Package relay stands between the control plane and the node's proxy: it
+// keeps a copy of the proxy's resources, in memory and on disk, adds the
+// certificates that never leave the node, and serves both over one socket.
+// The proxy keeps working, and can be restarted, while the control plane is
+// away.
+package relay
+
+import (
+	"log/slog"
+	"maps"
+	"sync"
+
+	"github.com/signet-mesh/signet/xds"
+	"github.com/signet-mesh/signet/xds/xdsserver"
+)
+
+// Relay implements xdsserver.Source for the proxy.
+type Relay struct {
+	cache string // file of the last good copy; empty: none
+	log   *slog.Logger
+	keys  Keys
+
+	mu       sync.Mutex
+	upstream xds.Set                 // guarded by mu; replaced whole; nil until known
+	secrets  map[string]xds.Resource // guarded by mu; replaced whole
+	merged   xds.Set                 // guarded by mu; upstream and secrets
+	onDemand map[string]answer       // guarded by mu; clusters asked for by name
+	changed  chan struct{}           // guarded by mu
+	asked    chan struct{}           // signals that onDemand has new names
+	proxy    proxyState              // guarded by mu
+}
+
+// answer is what the control plane said about a name.
+type answer struct {
+	state    xdsserver.Answer
+	resource xds.Resource
+}
+
+// proxyState is what the proxy's stream last reported.
+type proxyState struct {
+	streams int
+	settled xds.Set // the set that the proxy has taken, nil if none
+	refused string  // the newest refusal since it last settled
+}
+
+// Config configures a Relay.
+type Config struct {
+	// Cache is the file that keeps the last good copy. Empty keeps none.
+	Cache string
+	Keys  Keys
+	Log   *slog.Logger
+}
+
+// New returns a Relay that serves the last good copy, if there is one.
+func New(c Config) *Relay {
+	r := &Relay{
+		cache: c.Cache, log: c.Log, keys: c.Keys,
+		onDemand: map[string]answer{},
+		changed:  make(chan struct{}),
+		asked:    make(chan struct{}, 1),
+	}
+	if set, err := loadCopy(c.Cache); err != nil {
+		c.Log.Warn("the last good copy of the proxy's configuration is not usable; waiting for the control plane", "error", err)
+	} else if set != nil {
+		r.upstream = set
+	}
+	r.readKeys()
+	return r
+}
+
+// Resources implements xdsserver.Source.
+func (r *Relay) Resources() (xds.Set, <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.merged, r.changed
+}
+
+// Lookup implements xdsserver.Source. The first question about a cluster is
+// passed to the control plane, and answered when that answers.
+func (r *Relay) Lookup(typeURL, name string) (xds.Resource, xdsserver.Answer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch typeURL {
+	case xds.TypeCluster:
+		if _, ok := xds.ParseDestination(name); !ok {
+			return xds.Resource{}, xdsserver.Absent
+		}
+		a, ok := r.onDemand[name]
+		if !ok {
+			a = answer{state: xdsserver.Pending}
+			r.onDemand[name] = a
+			select {
+			case r.asked <- struct{}{}:
+			default:
+			}
+		}
+		return a.resource, a.state
+	case xds.TypeSecret:
+		// A certificate that is not here yet, or is no more: the proxy
+		// waits, and a handshake that needs it does not complete.
+		return xds.Resource{}, xdsserver.Pending
+	}
+	return xds.Resource{}, xdsserver.Absent
+}
+
+// Version returns the hash of the copy, without the certificates; it equals
+// the control plane's hash when the copy is current.
+func (r *Relay) Version() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.upstream == nil {
+		return ""
+	}
+	return r.upstream.Version()
+}
+
+// Proxy says whether the proxy is connected, whether it has taken everything
+// that the relay has for it, and what it refused last.
+func (r *Relay) Proxy() (connected, current bool, refused string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := r.proxy
+	return p.streams > 0, p.streams > 0 && p.settled != nil && sameSet(p.settled, r.merged), p.refused
+}
+
+// sameSet reports whether two sets are the same object.
+func sameSet(a, b xds.Set) bool {
+	return a != nil && b != nil && a.Version() == b.Version()
+}
+
+// apply takes one update from the control plane.
+func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next := xds.Set{}
+	maps.Copy(next, r.upstream)
+	next[typeURL] = maps.Clone(next[typeURL])
+	if next[typeURL] == nil {
+		next[typeURL] = map[string]xds.Resource{}
+	}
+	for _, a := range added {
+		if _, ok := r.onDemand[a.Name]; ok && typeURL == xds.TypeCluster {
+			r.onDemand[a.Name] = answer{state: xdsserver.Found, resource: a}
+			if _, pushed := next[typeURL][a.Name]; !pushed {
+				continue
+			}
+		}
+		next[typeURL][a.Name] = a
+	}
+	for _, n := range removed {
+		if _, ok := r.onDemand[n]; ok && typeURL == xds.TypeCluster {
+			r.onDemand[n] = answer{state: xdsserver.Absent}
+		}
+		delete(next[typeURL], n)
+	}
+	r.upstream = next
+	r.publish()
+	if err := saveCopy(r.cache, next); err != nil {
+		r.log.Error("keeping a copy of the proxy's configuration", "error", err)
+	}
+}
+
+// publish rebuilds what the proxy sees and wakes its stream. mu is held.
+func (r *Relay) publish() {
+	if r.upstream != nil {
+		m := xds.Set{}
+		maps.Copy(m, r.upstream)
+		m[xds.TypeSecret] = r.secrets
+		r.merged = m
+	}
+	close(r.changed)
+	r.changed = make(chan struct{})
+}

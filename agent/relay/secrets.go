@@ -1,0 +1,94 @@
+package relay
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+
+	"github.com/signet-mesh/signet/agent/svid"
+	"github.com/signet-mesh/signet/xds"
+)
+
+// Keys is where the node's certificates come from; *svid.Manager implements it.
+type Keys interface {
+	All() []*svid.SVID
+	Bundle() []*x509.Certificate
+	Changed() <-chan struct{}
+}
+
+// FollowKeys hands every change of the node's certificates to the proxy until
+// ctx ends.
+func (r *Relay) FollowKeys(ctx context.Context) {
+	for {
+		changed := r.keys.Changed()
+		r.readKeys()
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		}
+	}
+}
+
+// readKeys rebuilds the secrets from the certificates that are held now.
+func (r *Relay) readKeys() {
+	set := xds.Set{}
+	if bundle := r.keys.Bundle(); len(bundle) > 0 {
+		r.secret(set, xds.BundleSecret, &tlsv3.Secret{
+			Name: xds.BundleSecret,
+			Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
+				TrustedCa: inline(pemChain(rawCerts(bundle))),
+			}},
+		})
+	}
+	for _, s := range r.keys.All() {
+		key, err := s.KeyPEM()
+		if err != nil {
+			r.log.Error("a certificate's key cannot be given to the proxy", "id", s.ID, "error", err)
+			continue
+		}
+		for _, name := range []string{xds.ClientSecret(s.ID), xds.ServerSecret(s.ID)} {
+			r.secret(set, name, &tlsv3.Secret{
+				Name: name,
+				Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
+					CertificateChain: inline(pemChain(s.Chain)),
+					PrivateKey:       inline(key),
+				}},
+			})
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.secrets = set[xds.TypeSecret]
+	r.publish()
+}
+
+func (r *Relay) secret(set xds.Set, name string, s *tlsv3.Secret) {
+	if err := set.Add(name, s); err != nil {
+		r.log.Error("packing a secret", "name", name, "error", err)
+	}
+}
+
+func inline(b []byte) *corev3.DataSource {
+	return &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: b}}
+}
+
+func rawCerts(certs []*x509.Certificate) [][]byte {
+	out := make([][]byte, len(certs))
+	for i, c := range certs {
+		out[i] = c.Raw
+	}
+	return out
+}
+
+func pemChain(ders [][]byte) []byte {
+	var b bytes.Buffer
+	for _, der := range ders {
+		_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: der}) // a buffer does not fail
+	}
+	return b.Bytes()
+}

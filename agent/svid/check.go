@@ -1,0 +1,67 @@
+package svid
+
+import (
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// maxChain bounds the chains that are looked at.
+const maxChain = 8
+
+// check decides whether a chain may be presented as id with the key of pub,
+// and returns its leaf. What an issuer returns is believed only after this.
+func check(id spiffeid.ID, pub crypto.PublicKey, chain [][]byte, roots []*x509.Certificate, now time.Time) (*x509.Certificate, error) {
+	switch {
+	case len(chain) == 0:
+		return nil, errors.New("the chain is empty")
+	case len(chain) > maxChain:
+		return nil, fmt.Errorf("the chain has %d certificates; at most %d are read", len(chain), maxChain)
+	case len(roots) == 0:
+		return nil, errors.New("the trust bundle is empty, so no certificate can be checked")
+	}
+	certs := make([]*x509.Certificate, len(chain))
+	for i, der := range chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d of the chain: %w", i, err)
+		}
+		certs[i] = c
+	}
+	leaf := certs[0]
+	if k, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(pub) {
+		return nil, errors.New("the certificate is for another public key than the one asked for")
+	}
+	// Verify refuses more or fewer than one URI SAN, CA flags and CA key
+	// usages, an expired or early certificate, and a chain to other roots.
+	got, _, err := x509svid.Verify(certs, x509bundle.FromX509Authorities(id.TrustDomain(), roots), x509svid.WithTime(now))
+	switch {
+	case err != nil && got != id && !got.IsZero():
+		return nil, fmt.Errorf("the certificate names %s, asked for was %s", got, id)
+	case err != nil:
+		return nil, err
+	case got != id:
+		return nil, fmt.Errorf("the certificate names %s, asked for was %s", got, id)
+	case len(leaf.DNSNames)+len(leaf.IPAddresses)+len(leaf.EmailAddresses) > 0:
+		return nil, errors.New("the certificate has other names beside the SPIFFE ID")
+	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
+		return nil, errors.New("the certificate lacks the key usage digitalSignature")
+	case !serverAndClient(leaf):
+		return nil, errors.New("the certificate's extended key usage must hold both serverAuth and clientAuth")
+	}
+	return leaf, nil
+}
+
+func serverAndClient(c *x509.Certificate) bool {
+	if len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 {
+		return true
+	}
+	return slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth) && slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
+}

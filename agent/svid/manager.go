@@ -1,0 +1,284 @@
+package svid
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// Issuer asks the control plane for the certificate of a workload
+// ("namespace/name") on this node. The chain is DER, leaf first, without the
+// root. It is called from several goroutines at once and must return when ctx
+// ends.
+type Issuer interface {
+	Issue(ctx context.Context, workload string, csr []byte) (chain [][]byte, err error)
+}
+
+// DefaultWorkers is how many certificates are asked for at the same time.
+const DefaultWorkers = 16
+
+// Config configures a Manager.
+type Config struct {
+	Issuer Issuer
+	// Dir keeps certificates and keys over a restart; it is made with mode
+	// 0700. Empty keeps them in memory only.
+	Dir string
+	// Now is the wall clock. Nil means time.Now.
+	Now func() time.Time
+	// Log is required.
+	Log *slog.Logger
+	// Jitter returns numbers in [0,1) and may be called from several
+	// goroutines. Nil means random ones.
+	Jitter func() float64
+	// Workers bounds the requests under way. 0 means DefaultWorkers.
+	Workers int
+}
+
+// State is all that the manager works with, as the control plane last said.
+type State struct {
+	TrustDomain spiffeid.TrustDomain
+	// Bundle is the full set of the trust domain's roots.
+	Bundle []*x509.Certificate
+	// Workloads are the node's enrolled workloads.
+	Workloads []mesh.Workload
+	// TTL is the lifetime the control plane now gives. Certificates that
+	// would outlive it are renewed when it has changed. Zero: not looked at.
+	TTL time.Duration
+}
+
+// Manager holds one SVID for each SPIFFE ID on the node. It is safe for
+// concurrent use.
+type Manager struct {
+	issuer Issuer
+	now    func() time.Time
+	jitter func() float64
+	log    *slog.Logger
+	cache  *cache        // nil: memory only
+	slots  chan struct{} // one for each request under way
+
+	updated chan struct{} // holds one signal: Update was called
+	sooner  chan struct{} // holds one signal: nextExpiry moved closer
+
+	mu         sync.Mutex
+	td         spiffeid.TrustDomain    // guarded by mu
+	bundle     []*x509.Certificate     // guarded by mu; replaced whole, never edited
+	ttl        time.Duration           // guarded by mu
+	known      bool                    // guarded by mu; Update was called
+	holders    map[spiffeid.ID]*holder // guarded by mu
+	nextExpiry time.Time               // guarded by mu; no certificate expires before; zero: none held
+	changed    chan struct{}           // guarded by mu; closed and replaced on each change
+}
+
+// holder is one identity. All fields but wake are guarded by Manager.mu.
+type holder struct {
+	id        spiffeid.ID
+	workloads []string // never empty; replaced whole
+	current   *SVID    // nil: none, or expired
+	attemptAt time.Time
+	failures  int    // in a row
+	lastErr   string // of the newest attempt or the expiry; empty after a success
+
+	wake chan struct{} // holds one signal: attemptAt moved closer
+}
+
+func (h *holder) poke() { signal(h.wake) }
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// New returns a manager that holds what the cache in Config.Dir kept and is
+// still valid. Trouble with the cache is logged and does not stop it.
+func New(c Config) *Manager {
+	m := &Manager{
+		issuer: c.Issuer, now: c.Now, jitter: c.Jitter, log: c.Log,
+		slots:   make(chan struct{}, cmp.Or(c.Workers, DefaultWorkers)),
+		updated: make(chan struct{}, 1),
+		sooner:  make(chan struct{}, 1),
+		holders: map[spiffeid.ID]*holder{},
+		changed: make(chan struct{}),
+	}
+	if m.now == nil {
+		m.now = time.Now
+	}
+	if m.jitter == nil {
+		m.jitter = rand.Float64
+	}
+	if c.Dir != "" {
+		m.cache = openCache(c.Dir, c.Log)
+	}
+	if m.cache != nil {
+		m.restore()
+	}
+	return m
+}
+
+// restore takes over what the cache holds.
+func (m *Manager) restore() {
+	now := m.now()
+	td, bundle, svids := m.cache.load(now)
+	m.td, m.bundle = td, bundle
+	for _, s := range svids {
+		m.holders[s.ID] = &holder{
+			id: s.ID, workloads: s.Workloads, current: s, attemptAt: s.RenewAt,
+			wake: make(chan struct{}, 1),
+		}
+		m.expiresAt(s.NotAfter)
+	}
+}
+
+// Update replaces the state. Identities that are new are asked for, those
+// that are gone are dropped at once. It does not block on the issuer, and may
+// be called before and while Run runs.
+func (m *Manager) Update(s State) {
+	wanted := map[spiffeid.ID][]string{}
+	for _, w := range s.Workloads {
+		if w.ID.IsZero() || w.ID.TrustDomain() != s.TrustDomain {
+			m.log.Error("a workload's identity is not of the trust domain; it is given none",
+				"workload", w.Key(), "id", w.ID, "trust_domain", s.TrustDomain)
+			continue
+		}
+		wanted[w.ID] = append(wanted[w.ID], w.Key())
+	}
+	now := m.now().Round(0)
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sameRoots := slices.EqualFunc(m.bundle, s.Bundle, (*x509.Certificate).Equal)
+	changed := !m.known || !sameRoots || m.td != s.TrustDomain
+	newTTL := s.TTL > 0 && s.TTL != m.ttl
+	m.known, m.td, m.bundle, m.ttl = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL
+
+	for id := range m.holders {
+		if _, ok := wanted[id]; !ok {
+			delete(m.holders, id)
+			changed = true
+		}
+	}
+	for id, workloads := range wanted {
+		slices.Sort(workloads)
+		workloads = slices.Compact(workloads)
+		h := m.holders[id]
+		if h == nil {
+			m.holders[id] = &holder{id: id, workloads: workloads, attemptAt: now, wake: make(chan struct{}, 1)}
+			continue // there is nothing to see before the certificate is there
+		}
+		if !slices.Equal(h.workloads, workloads) {
+			h.workloads, h.current, changed = workloads, h.current.held(workloads), true
+		}
+		switch {
+		case h.current == nil:
+		case newTTL && h.current.NotAfter.Sub(now) > s.TTL+s.TTL/10:
+			h.attemptAt = now
+		case !sameRoots:
+			if _, err := check(h.id, h.current.Key.Public(), h.current.Chain, m.bundle, now); err != nil {
+				h.attemptAt = now // peers with the new bundle refuse the one we have
+			}
+		}
+		// A new state means that the control plane is there: what failed is
+		// worth another try.
+		if soon := now.Add(minBackoff); h.failures > 0 && h.attemptAt.After(soon) {
+			h.attemptAt = soon
+		}
+		h.poke()
+	}
+	if changed {
+		m.notify()
+	}
+	signal(m.updated)
+}
+
+// notify wakes everyone who waits for a change. The caller holds mu.
+func (m *Manager) notify() {
+	close(m.changed)
+	m.changed = make(chan struct{})
+}
+
+// expiresAt notes when a certificate expires. The caller holds mu.
+func (m *Manager) expiresAt(t time.Time) {
+	if m.nextExpiry.IsZero() || t.Before(m.nextExpiry) {
+		m.nextExpiry = t
+		signal(m.sooner)
+	}
+}
+
+// Get returns the certificate of an identity, and false when there is none
+// that is valid now.
+func (m *Manager) Get(id spiffeid.ID) (*SVID, bool) {
+	now := m.now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	h := m.holders[id]
+	if h == nil || !h.current.fresh(now) {
+		return nil, false
+	}
+	return h.current, true
+}
+
+// All returns every certificate that is valid now, sorted by identity.
+func (m *Manager) All() []*SVID {
+	now := m.now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*SVID, 0, len(m.holders))
+	for _, h := range m.holders {
+		if h.current.fresh(now) {
+			out = append(out, h.current)
+		}
+	}
+	slices.SortFunc(out, func(a, b *SVID) int { return cmp.Compare(a.ID.String(), b.ID.String()) })
+	return out
+}
+
+// Bundle returns the trust domain's roots, none before they are known. The
+// slice is the caller's, the certificates are not.
+func (m *Manager) Bundle() []*x509.Certificate {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.bundle)
+}
+
+// Changed returns a channel that is closed at the next change of what Get,
+// All and Bundle answer. Take it before reading them, so that no change is
+// missed.
+func (m *Manager) Changed() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.changed
+}
+
+// Status describes every workload's certificate, sorted by holder. A workload
+// that has none valid is listed with empty serial and times, and with the
+// reason once an attempt has failed.
+func (m *Manager) Status() []adminv1.Certificate {
+	now := m.now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []adminv1.Certificate
+	for _, id := range slices.SortedFunc(maps.Keys(m.holders), func(a, b spiffeid.ID) int { return cmp.Compare(a.String(), b.String()) }) {
+		h := m.holders[id]
+		for _, w := range h.workloads {
+			c := adminv1.Certificate{Holder: w, ID: id.String(), RenewAt: h.attemptAt, LastError: h.lastErr}
+			if s := h.current; s.fresh(now) {
+				c.Serial, c.Issuer, c.NotBefore, c.NotAfter = s.Serial, s.Issuer, s.NotBefore, s.NotAfter
+			}
+			out = append(out, c)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b adminv1.Certificate) int { return cmp.Compare(a.Holder, b.Holder) })
+	return out
+}

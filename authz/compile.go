@@ -1,0 +1,171 @@
+package authz
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/api/v1alpha1"
+)
+
+// Ports that the mesh itself listens on. Package mesh has the same numbers; it
+// imports this package, so they are repeated.
+const (
+	portOutbound = 15001
+	portInbound  = 15006
+	portTunnel   = 15008
+)
+
+// Compile turns documents into a Model. A document with anything wrong in it
+// grants nothing at all: it is left out of the model whole, and each of its
+// faults is a Diagnostic. Diagnostics are in the order of the documents, then
+// of their fields. When two documents have the same namespace and name, the
+// later one is invalid, also when the first is invalid too. Peers that are
+// given by namespace or service account belong to the trust domain td.
+func Compile(td spiffeid.TrustDomain, docs []v1alpha1.AllowPolicy) (*Model, []Diagnostic) {
+	var (
+		policies    []Policy
+		diagnostics []Diagnostic
+	)
+	seen := map[[2]string]bool{}
+	for i := range docs {
+		c := compiler{td: td, doc: &docs[i]}
+		c.metadata(seen)
+		c.target()
+		c.ports()
+		c.from()
+		if len(c.diagnostics) == 0 {
+			policies = append(policies, c.policy)
+		}
+		diagnostics = append(diagnostics, c.diagnostics...)
+	}
+	return NewModel(policies), diagnostics
+}
+
+// compiler works on one document.
+type compiler struct {
+	td          spiffeid.TrustDomain
+	doc         *v1alpha1.AllowPolicy
+	policy      Policy
+	diagnostics []Diagnostic
+}
+
+func (c *compiler) fault(field, format string, args ...any) {
+	c.diagnostics = append(c.diagnostics, Diagnostic{
+		Policy:  c.doc.Namespace + "/" + c.doc.Name,
+		Field:   field,
+		Message: fmt.Sprintf(format, args...),
+	})
+}
+
+func (c *compiler) metadata(seen map[[2]string]bool) {
+	c.policy.Namespace, c.policy.Name = c.doc.Namespace, c.doc.Name
+	if err := CheckNamespace(c.doc.Namespace); err != nil {
+		c.fault("metadata.namespace", "%v", err)
+	}
+	if err := CheckName(c.doc.Name); err != nil {
+		c.fault("metadata.name", "%v", err)
+	}
+	key := [2]string{c.doc.Namespace, c.doc.Name}
+	if seen[key] {
+		c.fault("metadata.name", "another AllowPolicy %s/%s exists; rename or remove one of them", c.doc.Namespace, c.doc.Name)
+	}
+	seen[key] = true
+}
+
+func (c *compiler) target() {
+	sa := c.doc.Spec.Target.ServiceAccount
+	c.policy.TargetServiceAccount = sa
+	if sa == "" {
+		return // the whole namespace
+	}
+	if err := CheckName(sa); err != nil {
+		c.fault("spec.target.serviceAccount", "%v", err)
+	}
+}
+
+func (c *compiler) ports() {
+	for i, port := range c.doc.Spec.Ports {
+		field := fmt.Sprintf("spec.ports[%d]", i)
+		switch {
+		case port < 1 || port > 65535:
+			c.fault(field, "%d is no port; use 1 to 65535", port)
+		case port == portOutbound || port == portInbound || port == portTunnel:
+			c.fault(field, "port %d belongs to the mesh itself and cannot be granted", port)
+		default:
+			c.policy.Ports = append(c.policy.Ports, uint16(port))
+		}
+	}
+}
+
+func (c *compiler) from() {
+	if len(c.doc.Spec.From) == 0 {
+		c.fault("spec.from", "is empty; name at least one caller, or delete the policy")
+	}
+	if c.td.IsZero() {
+		c.fault("spec.from", "cannot be read without a trust domain")
+		return
+	}
+	for i, peer := range c.doc.Spec.From {
+		path := fmt.Sprintf("spec.from[%d]", i)
+		pattern, field, err := c.peer(peer)
+		if err != nil {
+			c.fault(path+field, "%v", err)
+			continue
+		}
+		c.policy.From = append(c.policy.From, pattern)
+	}
+}
+
+// peer translates one caller. On an error it also returns the field at fault,
+// with a leading dot.
+func (c *compiler) peer(p v1alpha1.Peer) (Pattern, string, error) {
+	set := 0
+	for _, s := range []string{p.ServiceAccount, p.Namespace, p.SPIFFEID} {
+		if s != "" {
+			set++
+		}
+	}
+	if set != 1 {
+		return Pattern{}, "", fmt.Errorf("has %d fields set; set exactly one of serviceAccount, namespace, spiffeID", set)
+	}
+	switch {
+	case p.ServiceAccount != "":
+		pattern, err := c.serviceAccount(p.ServiceAccount)
+		return pattern, ".serviceAccount", err
+	case p.Namespace != "":
+		if err := CheckNamespace(p.Namespace); err != nil {
+			return Pattern{}, ".namespace", err
+		}
+		pattern, err := ParsePattern(fmt.Sprintf("spiffe://%s/ns/%s/sa/*", c.td.Name(), p.Namespace))
+		return pattern, ".namespace", err
+	default:
+		pattern, err := ParsePattern(p.SPIFFEID)
+		return pattern, ".spiffeID", err
+	}
+}
+
+// serviceAccount reads "name" or "namespace/name".
+func (c *compiler) serviceAccount(s string) (Pattern, error) {
+	namespace, name, qualified := strings.Cut(s, "/")
+	if !qualified {
+		namespace, name = c.doc.Namespace, s
+	} else if strings.Contains(name, "/") {
+		return Pattern{}, fmt.Errorf("%q has more than one slash; write name or namespace/name", s)
+	}
+	if qualified {
+		if err := CheckNamespace(namespace); err != nil {
+			return Pattern{}, fmt.Errorf("namespace %w", err)
+		}
+	}
+	if err := CheckName(name); err != nil {
+		return Pattern{}, fmt.Errorf("name %w", err)
+	}
+	id, err := spiffeid.FromSegments(c.td, "ns", namespace, "sa", name)
+	if err != nil {
+		return Pattern{}, errors.New("cannot be read while metadata.namespace is invalid")
+	}
+	return patternOf(id), nil
+}

@@ -1,0 +1,310 @@
+// Package ca is the certificate authority of one trust domain: a root, an
+// intermediate that renews itself, and SVIDs that are checked, then recorded,
+// then signed.
+package ca
+
+import (
+	"bytes"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Defaults of Options.
+const (
+	DefaultRootTTL         = 10 * 365 * 24 * time.Hour
+	DefaultIntermediateTTL = 7 * 24 * time.Hour
+)
+
+// Options say which authority to open.
+type Options struct {
+	// Dir holds keys, certificates and the issuance log. It is made when it
+	// is missing, mode 0700. An operator may place root.crt and root.key
+	// there beforehand.
+	Dir string
+	// TrustDomain is the only trust domain that is signed for.
+	TrustDomain spiffeid.TrustDomain
+	// RootTTL and IntermediateTTL are the lifetimes of what is made here.
+	// Zero means the default.
+	RootTTL, IntermediateTTL time.Duration
+	// Profile shapes the certificates that are issued.
+	Profile Profile
+	// Now is the clock; nil means time.Now.
+	Now func() time.Time
+	// Log receives what an operator should know; nil discards it.
+	Log *slog.Logger
+}
+
+// Authority signs SVIDs for one trust domain. It is safe for concurrent use.
+type Authority struct {
+	dir             string
+	td              spiffeid.TrustDomain
+	intermediateTTL time.Duration
+	profile         Profile
+	now             func() time.Time
+	log             *slog.Logger
+	root            *pair
+	linter          *linter
+	issuance        *Log
+	lock            *os.File
+
+	mu           sync.Mutex
+	closed       bool                // guarded by mu
+	intermediate *pair               // guarded by mu; replaced whole
+	further      []*x509.Certificate // guarded by mu; replaced whole, never edited
+	changed      chan struct{}       // guarded by mu; closed and replaced when the bundle changes
+}
+
+// Open loads the authority in opts.Dir, making what is missing. It refuses a
+// directory that another authority has open, one that belongs to another
+// trust domain, and keys that others than their owner can read.
+// The caller closes the authority.
+func Open(opts Options) (*Authority, error) {
+	a := &Authority{
+		dir:             opts.Dir,
+		td:              opts.TrustDomain,
+		intermediateTTL: opts.IntermediateTTL,
+		profile:         opts.Profile,
+		now:             opts.Now,
+		log:             opts.Log,
+		changed:         make(chan struct{}),
+	}
+	if a.intermediateTTL == 0 {
+		a.intermediateTTL = DefaultIntermediateTTL
+	}
+	rootTTL := opts.RootTTL
+	if rootTTL == 0 {
+		rootTTL = DefaultRootTTL
+	}
+	if a.profile.TTL == 0 {
+		a.profile.TTL = DefaultTTL
+	}
+	if a.now == nil {
+		a.now = time.Now
+	}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case opts.Dir == "":
+		return nil, errors.New("ca: options: Dir is empty; name a directory for keys and the issuance log")
+	case a.td.IsZero():
+		return nil, errors.New("ca: options: TrustDomain is empty")
+	case rootTTL < 0 || a.intermediateTTL < 0 || a.intermediateTTL > rootTTL:
+		return nil, fmt.Errorf("ca: options: IntermediateTTL %s must be positive and not above RootTTL %s", a.intermediateTTL, rootTTL)
+	}
+	if err := checkTTL(a.profile.TTL); err != nil {
+		return nil, fmt.Errorf("ca: options: Profile.TTL: %w", err)
+	}
+	if err := a.open(rootTTL); err != nil {
+		a.Close()
+		return nil, fmt.Errorf("ca: %w", err)
+	}
+	return a, nil
+}
+
+func (a *Authority) open(rootTTL time.Duration) error {
+	if err := secureDir(a.dir); err != nil {
+		return err
+	}
+	var err error
+	if a.lock, err = lockDir(a.dir); err != nil {
+		return err
+	}
+	if err := removeLeftovers(a.dir); err != nil {
+		return fmt.Errorf("remove what a crash left behind: %w", err)
+	}
+	for _, name := range []string{rootName, intermediateName} {
+		if err := finishPair(a.dir, name); err != nil {
+			return fmt.Errorf("finish the interrupted replacement of the %s: %w", name, err)
+		}
+	}
+	if a.root, err = a.openRoot(rootTTL); err != nil {
+		return err
+	}
+	furtherPath := filepath.Join(a.dir, furtherRootsFile)
+	if a.further, err = readCerts(furtherPath); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, c := range a.further {
+		if err := checkFurtherRoot(a.td, c); err != nil {
+			return fmt.Errorf("%s: %q: %w", furtherPath, c.Subject, err)
+		}
+	}
+	if a.issuance, err = openLog(filepath.Join(a.dir, logFile), a.log); err != nil {
+		return fmt.Errorf("open the issuance log: %w", err)
+	}
+	if a.linter, err = newLinter(a.td, a.now()); err != nil {
+		return err
+	}
+	return a.openIntermediate()
+}
+
+func (a *Authority) openRoot(ttl time.Duration) (*pair, error) {
+	root, err := readPair(a.dir, rootName)
+	if err != nil {
+		return nil, err
+	}
+	if root == nil {
+		if err := a.refuseOrphans(); err != nil {
+			return nil, err
+		}
+		if root, err = newRoot(a.td, a.now(), ttl); err != nil {
+			return nil, fmt.Errorf("make the root: %w", err)
+		}
+		key, err := encodeKey(root.key)
+		if err != nil {
+			return nil, err
+		}
+		if err := writePair(a.dir, rootName, encodeCerts(root.cert), key); err != nil {
+			return nil, fmt.Errorf("store the root: %w", err)
+		}
+		a.log.Info("made a new root", "trust_domain", a.td.Name(), "not_after", stamp(root.cert.NotAfter))
+	}
+	if err := checkRoot(a.td, root.cert, a.now()); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(a.dir, rootName+".crt"), err)
+	}
+	return root, nil
+}
+
+// refuseOrphans keeps a lost root from being replaced in silence by another,
+// which no node would trust.
+func (a *Authority) refuseOrphans() error {
+	path := filepath.Join(a.dir, intermediateName+".crt")
+	if _, err := os.Stat(path); err == nil {
+		return fmt.Errorf("%s exists but root.crt and root.key do not; restore them, or empty %s to start a new trust domain", path, a.dir)
+	}
+	return nil
+}
+
+func (a *Authority) openIntermediate() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p, err := readPair(a.dir, intermediateName)
+	if err != nil {
+		return err
+	}
+	if p != nil {
+		// The trust domain is checked apart from the rest: a foreign one is
+		// an operator's mistake, an expired or stale one just gets replaced.
+		if err := checkTrustDomain(a.td, p.cert, true); err != nil {
+			return fmt.Errorf("%s: %w", filepath.Join(a.dir, intermediateName+".crt"), err)
+		}
+		if err := checkIntermediate(a.td, p, a.root, a.now()); err == nil {
+			a.intermediate = p
+			return nil
+		} else {
+			a.log.Warn("the stored intermediate is not usable and is replaced", "err", err)
+		}
+	}
+	return a.renewIntermediate()
+}
+
+// renewIntermediate makes and stores a new intermediate. The caller holds mu.
+func (a *Authority) renewIntermediate() error {
+	p, err := newIntermediate(a.td, a.root, a.now(), a.intermediateTTL)
+	if err != nil {
+		return fmt.Errorf("make an intermediate: %w", err)
+	}
+	key, err := encodeKey(p.key)
+	if err != nil {
+		return err
+	}
+	if err := writePair(a.dir, intermediateName, encodeCerts(p.cert), key); err != nil {
+		return fmt.Errorf("store the intermediate: %w", err)
+	}
+	a.intermediate = p
+	a.log.Info("made a new intermediate", "serial", formatSerial(p.cert.SerialNumber), "not_after", stamp(p.cert.NotAfter))
+	return nil
+}
+
+// Close ends the authority; it is idempotent. What was issued stays valid.
+func (a *Authority) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return nil
+	}
+	a.closed = true
+	var errs []error
+	if a.issuance != nil {
+		errs = append(errs, a.issuance.close())
+	}
+	if a.lock != nil {
+		errs = append(errs, a.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// TrustDomain returns the trust domain that is signed for.
+func (a *Authority) TrustDomain() spiffeid.TrustDomain { return a.td }
+
+// IssuanceLog returns the record of everything that was issued.
+func (a *Authority) IssuanceLog() *Log { return a.issuance }
+
+// Bundle returns the roots of the trust domain, the authority's own first.
+// The certificates are shared: callers must not edit them.
+func (a *Authority) Bundle() []*x509.Certificate {
+	roots, _ := a.BundleUpdates()
+	return roots
+}
+
+// BundleUpdates returns Bundle and a channel that is closed when it is no
+// longer current.
+func (a *Authority) BundleUpdates() ([]*x509.Certificate, <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return append([]*x509.Certificate{a.root.cert}, a.further...), a.changed
+}
+
+// PublishRoots replaces the roots that nodes trust besides the authority's
+// own: the next root before it signs, the former one until its last
+// certificate has expired. The set is durable before PublishRoots returns.
+func (a *Authority) PublishRoots(further []*x509.Certificate) error {
+	var set []*x509.Certificate
+	for _, c := range further {
+		if err := checkFurtherRoot(a.td, c); err != nil {
+			return fmt.Errorf("ca: publish root %q: %w", c.Subject, err)
+		}
+		if !bytes.Equal(c.Raw, a.root.cert.Raw) {
+			set = append(set, c)
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return errClosed
+	}
+	path := filepath.Join(a.dir, furtherRootsFile)
+	if len(set) == 0 {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("ca: publish roots: %w", err)
+		}
+		if err := syncDir(a.dir); err != nil {
+			return fmt.Errorf("ca: publish roots: %w", err)
+		}
+	} else if err := writeFile(path, encodeCerts(set...)); err != nil {
+		return fmt.Errorf("ca: publish roots: %w", err)
+	}
+	a.further = set
+	close(a.changed)
+	a.changed = make(chan struct{})
+	return nil
+}
+
+func checkFurtherRoot(td spiffeid.TrustDomain, c *x509.Certificate) error {
+	if !c.IsCA || !c.BasicConstraintsValid {
+		return errors.New("is not a CA certificate; only roots can be published")
+	}
+	return checkTrustDomain(td, c, false)
+}
+
+var errClosed = errors.New("ca: the authority is closed")

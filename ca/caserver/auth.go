@@ -1,0 +1,120 @@
+package caserver
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
+
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/ca"
+)
+
+type nodeKey struct{}
+
+// NodeFromContext returns the name of the node that makes the current call,
+// as its verified certificate states it, and false when there is none. It
+// works in every service of a gRPC server made with ServerOptions.
+func NodeFromContext(ctx context.Context) (string, bool) {
+	name, ok := ctx.Value(nodeKey{}).(string)
+	return name, ok
+}
+
+// ServerOptions returns all that a gRPC server needs to serve nodes: TLS, the
+// interceptors that require a node certificate for every call of every
+// service but Join, and limits. Other services, such as xDS, may be registered
+// on the same server and are guarded alike.
+//
+// A connection is closed, after a notice that lets calls in flight end, well
+// before the certificate that opened it expires, so that nodes come back with
+// their renewed one. Streams have to be opened again by the node then.
+func (s *Server) ServerOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.Creds(credentials.NewTLS(s.TLSConfig())),
+		grpc.ChainUnaryInterceptor(s.UnaryInterceptor),
+		grpc.ChainStreamInterceptor(s.StreamInterceptor),
+		grpc.ConnectionTimeout(10 * time.Second),
+		grpc.MaxConcurrentStreams(1000),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			// Nodes renew at half life: an age of a third, with grpc's jitter
+			// of a tenth, and the grace of a tenth end before that is over.
+			MaxConnectionAge:      s.nodeTTL / 3,
+			MaxConnectionAgeGrace: s.nodeTTL / 10,
+			Time:                  30 * time.Second,
+			Timeout:               10 * time.Second,
+		}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	}
+}
+
+// UnaryInterceptor requires a valid node certificate for every call but Join
+// and puts the node's name into the context.
+func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if info.FullMethod == nodev1.Node_Join_FullMethodName {
+		return handler(ctx, req)
+	}
+	name, _, err := s.authenticate(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	return handler(context.WithValue(ctx, nodeKey{}, name), req)
+}
+
+// StreamInterceptor does the same for streams, and ends a stream when the
+// certificate that opened it expires.
+func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	name, leaf, err := s.authenticate(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithValue(stream.Context(), nodeKey{}, name), leaf.NotAfter.Sub(s.now()))
+	defer cancel()
+	err = handler(srv, &nodeStream{stream, ctx})
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && stream.Context().Err() == nil {
+		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection has expired; connect again with a renewed one")
+	}
+	return err
+}
+
+// nodeStream is a stream whose context names the node.
+type nodeStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context implements grpc.ServerStream.
+func (s *nodeStream) Context() context.Context { return s.ctx }
+
+// authenticate returns the calling node. It verifies the certificate anew at
+// every call, whatever the TLS layer did: connections outlive certificates
+// and roots.
+func (s *Server) authenticate(ctx context.Context, call string) (string, *x509.Certificate, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "not a TLS connection; connect with a node certificate")
+	}
+	certs := info.State.PeerCertificates
+	if len(certs) == 0 {
+		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
+	}
+	id, _, err := x509svid.Verify(certs, s.authority, x509svid.WithTime(s.now()))
+	if err != nil {
+		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
+	}
+	name, ok := ca.NodeName(id)
+	if !ok {
+		return "", nil, s.refuse(ctx, call, "", codes.PermissionDenied, "the certificate is for %q, which is not a node; only nodes may call", id)
+	}
+	return name, certs[0], nil
+}

@@ -1,0 +1,227 @@
+// Package caserver serves the node API: it lets nodes join, signs on behalf
+// of the workloads that a node runs, and streams each node its own view.
+package caserver
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// Defaults of Config.
+const (
+	DefaultNodeTTL = 24 * time.Hour
+	DefaultRate    = 200
+	DefaultBurst   = 2000
+)
+
+// Config says what a Server works with.
+type Config struct {
+	Authority *ca.Authority // required
+	Feed      *mesh.Feed    // required
+	Tokens    *TokenStore   // required
+	// NodeTTL is the lifetime of node certificates. It is longer than a
+	// workload's because a node whose certificate has expired has to join
+	// again. Zero means DefaultNodeTTL.
+	NodeTTL time.Duration
+	// Rate is how many certificates a second each node may ask for, Burst how
+	// many at once. Zero means the default.
+	Rate  float64
+	Burst int
+	// XDSVersion returns the content hash of a node's resources in a view, by
+	// which the node knows when its proxy is up to date. Nil: not said.
+	XDSVersion func(view *mesh.View, node string) string
+	// Log receives what was issued and what was refused; nil discards it.
+	Log *slog.Logger
+	// Now is the clock; nil means time.Now. It should be the authority's.
+	Now func() time.Time
+}
+
+// Server implements the node API. It is safe for concurrent use.
+type Server struct {
+	nodev1.UnimplementedNodeServer
+
+	authority  *ca.Authority
+	feed       *mesh.Feed
+	tokens     *TokenStore
+	nodeTTL    time.Duration
+	xdsVersion func(*mesh.View, string) string
+	rate       rate.Limit
+	burst      int
+	log        *slog.Logger
+	now        func() time.Time
+	cert       *ca.ServerCertificate
+
+	mu    sync.Mutex
+	nodes map[string]*node // guarded by mu; by name, nodes that have proven it
+}
+
+// New returns a Server, or an error when the configuration is not complete or
+// the control plane's own certificate cannot be issued.
+func New(cfg Config) (*Server, error) {
+	s := &Server{
+		authority: cfg.Authority, feed: cfg.Feed, tokens: cfg.Tokens,
+		nodeTTL: cfg.NodeTTL, xdsVersion: cfg.XDSVersion, rate: rate.Limit(cfg.Rate), burst: cfg.Burst,
+		log: cfg.Log, now: cfg.Now,
+		nodes: make(map[string]*node),
+	}
+	if s.nodeTTL == 0 {
+		s.nodeTTL = DefaultNodeTTL
+	}
+	if s.rate == 0 {
+		s.rate = DefaultRate
+	}
+	if s.burst == 0 {
+		s.burst = DefaultBurst
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	switch {
+	case s.authority == nil:
+		return nil, errors.New("caserver: config: Authority is missing")
+	case s.feed == nil:
+		return nil, errors.New("caserver: config: Feed is missing")
+	case s.tokens == nil:
+		return nil, errors.New("caserver: config: Tokens is missing")
+	case s.nodeTTL < ca.MinTTL || s.nodeTTL > ca.MaxTTL:
+		return nil, fmt.Errorf("caserver: config: NodeTTL %s must be from %s to %s", s.nodeTTL, ca.MinTTL, ca.MaxTTL)
+	case s.rate < 0 || s.burst < 0:
+		return nil, errors.New("caserver: config: Rate and Burst must not be negative")
+	}
+	cert, err := s.authority.ServerCertificate(ca.ControlID(s.authority.TrustDomain()), s.nodeTTL)
+	if err != nil {
+		return nil, fmt.Errorf("caserver: issue the control plane's own certificate: %w", err)
+	}
+	s.cert = cert
+	return s, nil
+}
+
+// refuse logs a refusal and returns it as a gRPC status.
+func (s *Server) refuse(ctx context.Context, call, node string, code codes.Code, format string, args ...any) error {
+	err := status.Errorf(code, format, args...)
+	s.log.WarnContext(ctx, "refused", "call", call, "node", node, "code", code.String(), "reason", status.Convert(err).Message())
+	return err
+}
+
+// Join trades a one-use join token for a node certificate. The token is spent
+// even when the request that came with it is bad.
+func (s *Server) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.NodeSVID, error) {
+	name, err := s.tokens.Redeem(req.GetToken())
+	switch {
+	case errors.Is(err, ErrToken):
+		return nil, s.refuse(ctx, "Join", "", codes.PermissionDenied, "join token is unknown, used or expired; create a new one on the control plane")
+	case err != nil:
+		s.log.ErrorContext(ctx, "redeeming a join token failed", "err", err)
+		return nil, status.Error(codes.Unavailable, "join tokens cannot be redeemed now; see the control plane's log")
+	}
+	return s.issueNode(ctx, "Join", name, req.GetCsr())
+}
+
+// Renew gives the calling node a new certificate.
+func (s *Server) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1.NodeSVID, error) {
+	name, ok := NodeFromContext(ctx)
+	if !ok {
+		return nil, s.refuse(ctx, "Renew", "", codes.Unauthenticated, "no node certificate")
+	}
+	if !s.node(name).limiter.AllowN(s.now(), 1) {
+		return nil, s.refuseRate(ctx, "Renew", name)
+	}
+	return s.issueNode(ctx, "Renew", name, req.GetCsr())
+}
+
+func (s *Server) issueNode(ctx context.Context, call, name string, csr []byte) (*nodev1.NodeSVID, error) {
+	id, err := ca.NodeID(s.authority.TrustDomain(), name)
+	if err != nil {
+		return nil, s.refuse(ctx, call, name, codes.InvalidArgument, "%v", err)
+	}
+	chain, err := s.issue(ctx, call, ca.Request{ID: id, CSR: csr, TTL: s.nodeTTL, Node: name})
+	if err != nil {
+		return nil, err
+	}
+	return &nodev1.NodeSVID{Chain: chain, Bundle: rawCerts(s.authority.Bundle())}, nil
+}
+
+// Issue signs a certificate for a workload that the newest view puts on the
+// calling node, in a namespace that takes part.
+func (s *Server) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.IssueResponse, error) {
+	name, ok := NodeFromContext(ctx)
+	if !ok {
+		return nil, s.refuse(ctx, "Issue", "", codes.Unauthenticated, "no node certificate")
+	}
+	if !s.node(name).limiter.AllowN(s.now(), 1) {
+		return nil, s.refuseRate(ctx, "Issue", name)
+	}
+	view, _ := s.feed.Get()
+	if view == nil || view.State == nil {
+		return nil, s.refuse(ctx, "Issue", name, codes.Unavailable, "the control plane has not read its documents yet; try again")
+	}
+	// One answer for a workload elsewhere and one that does not exist: a node
+	// learns nothing about others.
+	w := view.State.Workload(req.GetWorkload())
+	if w == nil || w.Node != name {
+		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "workload %s is not on node %q", quote(req.GetWorkload()), name)
+	}
+	if view.State.Mode(w.Namespace) == mesh.ModeOff {
+		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "namespace %q of workload %q is off; annotate it with signet.dev/mesh: enforce or observe", w.Namespace, w.Key())
+	}
+	chain, err := s.issue(ctx, "Issue", ca.Request{ID: w.ID, CSR: req.GetCsr(), TTL: view.State.SVIDTTL, Node: name, Workload: w.Key()})
+	if err != nil {
+		return nil, err
+	}
+	return &nodev1.IssueResponse{Chain: chain}, nil
+}
+
+// issue prepares and signs, with errors as gRPC statuses: what the caller sent
+// is its own affair to read about, what failed here goes to the log.
+func (s *Server) issue(ctx context.Context, call string, req ca.Request) ([][]byte, error) {
+	p, err := s.authority.Prepare(req)
+	if err != nil {
+		return nil, s.refuse(ctx, call, req.Node, codes.InvalidArgument, "%v", err)
+	}
+	issued, err := s.authority.Issue(p)
+	if err != nil {
+		s.log.ErrorContext(ctx, "issuing failed", "call", call, "node", req.Node, "id", req.ID.String(), "err", err)
+		return nil, status.Error(codes.Unavailable, "the certificate could not be issued; see the control plane's log")
+	}
+	s.log.InfoContext(ctx, "issued", "call", call, "node", req.Node, "workload", req.Workload,
+		"id", req.ID.String(), "serial", issued.Serial, "not_after", issued.NotAfter)
+	return issued.Chain, nil
+}
+
+func (s *Server) refuseRate(ctx context.Context, call, name string) error {
+	return s.refuse(ctx, call, name, codes.ResourceExhausted, "node %q asks for more than %g certificates a second; wait and try again", name, float64(s.rate))
+}
+
+func rawCerts(certs []*x509.Certificate) [][]byte {
+	out := make([][]byte, len(certs))
+	for i, c := range certs {
+		out[i] = c.Raw
+	}
+	return out
+}
+
+// quote makes a caller's string fit for a message.
+func quote(s string) string {
+	const most = 256
+	if len(s) > most {
+		return strconv.Quote(s[:most]) + "..."
+	}
+	return strconv.Quote(s)
+}

@@ -1,0 +1,175 @@
+package caserver
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// MaxTokenTTL is the longest that a join token may stay valid.
+const MaxTokenTTL = 7 * 24 * time.Hour
+
+// ErrToken is returned for a join token that is unknown, used or expired.
+var ErrToken = errors.New("caserver: join token is unknown, used or expired")
+
+const (
+	tokenPrefix = "signet-join-"
+	tokenExt    = ".token"
+	maxToken    = 128 // bytes; the real length is less
+)
+
+// TokenStore holds join tokens, each a file named by the token's SHA-256: the
+// tokens themselves are nowhere on disk. It is safe for concurrent use, also
+// by several processes on one directory.
+type TokenStore struct {
+	dir string
+	now func() time.Time
+}
+
+// tokenFile is the content of a token's file.
+type tokenFile struct {
+	Node    string    `json:"node"`
+	Expires time.Time `json:"expires"`
+}
+
+// OpenTokens opens the token store in dir, which is made (0700) when missing.
+func OpenTokens(dir string) (*TokenStore, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("caserver: make the token directory: %w", err)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return nil, fmt.Errorf("caserver: token directory: %w", err)
+	}
+	if perm := info.Mode().Perm(); perm&0o077 != 0 {
+		return nil, fmt.Errorf("caserver: token directory %s: mode %04o lets group or others in; run: chmod 700 %s", dir, perm, dir)
+	}
+	return &TokenStore{dir: dir, now: time.Now}, nil
+}
+
+// Create returns a new token that lets one caller become the named node, once,
+// within ttl (at most MaxTokenTTL). It is durable when Create returns. The
+// token is a secret: whoever has it is the node.
+func (s *TokenStore) Create(node string, ttl time.Duration) (string, error) {
+	if err := spiffeid.ValidatePathSegment(node); err != nil {
+		return "", fmt.Errorf("caserver: create token: node %q: %w; use letters, digits, '.', '-' and '_'", node, err)
+	}
+	if ttl <= 0 || ttl > MaxTokenTTL {
+		return "", fmt.Errorf("caserver: create token: ttl %s must be above 0 and at most %s", ttl, MaxTokenTTL)
+	}
+	s.sweep()
+	var secret [32]byte
+	if _, err := rand.Read(secret[:]); err != nil {
+		return "", fmt.Errorf("caserver: create token: %w", err)
+	}
+	token := tokenPrefix + base64.RawURLEncoding.EncodeToString(secret[:])
+	data, err := json.Marshal(tokenFile{Node: node, Expires: s.now().Add(ttl)})
+	if err != nil {
+		return "", fmt.Errorf("caserver: create token: %w", err)
+	}
+	if err := s.store(s.path(token), data); err != nil {
+		return "", fmt.Errorf("caserver: create token: %w", err)
+	}
+	return token, nil
+}
+
+// store writes a file that is there whole or not at all.
+func (s *TokenStore) store(path string, data []byte) error {
+	f, err := os.CreateTemp(s.dir, ".tmp-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	if _, err := f.Write(data); err != nil {
+		f.Close()
+		return err
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return s.syncDir()
+}
+
+// Redeem spends a token and returns the node that it stands for. Of any number
+// of callers, at once or one after another, at most one succeeds; the others
+// get ErrToken. That it is spent is durable when Redeem returns: a crash does
+// not bring the token back. Any other error means that nobody has the node's
+// name from this call, and the token may be spent.
+func (s *TokenStore) Redeem(token string) (string, error) {
+	if len(token) > maxToken || !strings.HasPrefix(token, tokenPrefix) {
+		return "", ErrToken
+	}
+	path := s.path(token)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", ErrToken
+	}
+	if err != nil {
+		return "", fmt.Errorf("caserver: redeem token: %w", err)
+	}
+	// Unlinking is the decision: the kernel lets one caller succeed.
+	if err := os.Remove(path); errors.Is(err, fs.ErrNotExist) {
+		return "", ErrToken
+	} else if err != nil {
+		return "", fmt.Errorf("caserver: redeem token: %w", err)
+	}
+	if err := s.syncDir(); err != nil {
+		return "", fmt.Errorf("caserver: redeem token: %w", err)
+	}
+	var t tokenFile
+	if err := json.Unmarshal(data, &t); err != nil {
+		return "", fmt.Errorf("caserver: redeem token: its file is damaged: %w", err)
+	}
+	if !s.now().Before(t.Expires) {
+		return "", ErrToken
+	}
+	return t.Node, nil
+}
+
+// sweep removes expired tokens. What it cannot read or remove it leaves:
+// Redeem refuses expired tokens anyway.
+func (s *TokenStore) sweep() {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		path := filepath.Join(s.dir, e.Name())
+		data, err := os.ReadFile(path)
+		var t tokenFile
+		if err != nil || !strings.HasSuffix(path, tokenExt) || json.Unmarshal(data, &t) != nil {
+			continue
+		}
+		if !s.now().Before(t.Expires) {
+			os.Remove(path)
+		}
+	}
+}
+
+func (s *TokenStore) path(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return filepath.Join(s.dir, hex.EncodeToString(sum[:])+tokenExt)
+}
+
+func (s *TokenStore) syncDir() error {
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,153 @@
+package ca
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// ErrUsed is returned when a Prepared is issued a second time.
+var ErrUsed = errors.New("ca: issue: this request was issued already; prepare it again")
+
+// Issued is a signed certificate.
+type Issued struct {
+	// Chain is DER: the leaf, then the intermediate.
+	Chain [][]byte
+	// Serial of the leaf in lower-case hexadecimal, two digits a byte, as
+	// proxies write it.
+	Serial              string
+	NotBefore, NotAfter time.Time
+}
+
+// Issue signs what was prepared. The intent is durable in the issuance log
+// before the key is used; when that fails, nothing is signed. NotAfter may be
+// earlier than asked for when the intermediate ends earlier, but by more than
+// half only when the root itself is about to end.
+func (a *Authority) Issue(p *Prepared) (*Issued, error) {
+	if p == nil || p.authority != a {
+		return nil, errors.New("ca: issue: the request was not prepared by this authority")
+	}
+	if !p.used.CompareAndSwap(false, true) {
+		return nil, ErrUsed
+	}
+	now := a.now()
+	if age := now.Sub(p.at); age > preparedFor || age < -preparedFor {
+		return nil, fmt.Errorf("ca: issue: the request was prepared %s ago; prepare it again", age)
+	}
+	signer, err := a.signer(p, now)
+	if err != nil {
+		return nil, fmt.Errorf("ca: issue: %w", err)
+	}
+	tmpl := *p.tmpl
+	if tmpl.NotAfter.After(signer.cert.NotAfter) {
+		tmpl.NotAfter = signer.cert.NotAfter
+	}
+	if !tmpl.NotAfter.After(now) {
+		return nil, fmt.Errorf("ca: issue: the authority's own certificate ends at %s, nothing can be issued; replace the root", stamp(signer.cert.NotAfter))
+	}
+
+	serial := formatSerial(tmpl.SerialNumber)
+	spki, err := x509.MarshalPKIXPublicKey(p.pub)
+	if err != nil {
+		return nil, fmt.Errorf("ca: issue: %w", err)
+	}
+	keyHash := sha256.Sum256(spki)
+	if err := a.issuance.intent(line{
+		Time: now, Serial: serial, ID: p.req.ID.String(), Node: p.req.Node, Workload: p.req.Workload,
+		NotBefore: tmpl.NotBefore, NotAfter: tmpl.NotAfter,
+		Issuer: hex.EncodeToString(signer.cert.SubjectKeyId), KeySHA256: hex.EncodeToString(keyHash[:]),
+	}); err != nil {
+		return nil, fmt.Errorf("ca: issue: record the intent: %w", err)
+	}
+
+	cert, err := a.sign(&tmpl, p, signer, spki, now)
+	outcome := line{Time: a.now(), Serial: serial}
+	if err != nil {
+		outcome.Error = err.Error()
+	} else {
+		sum := sha256.Sum256(cert.Raw)
+		outcome.CertSHA256 = hex.EncodeToString(sum[:])
+	}
+	if logErr := a.issuance.outcome(outcome); logErr != nil {
+		return nil, fmt.Errorf("ca: issue: record the outcome: %w", errors.Join(logErr, err))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ca: issue: %w", err)
+	}
+	return &Issued{
+		Chain:     [][]byte{cert.Raw, signer.cert.Raw},
+		Serial:    serial,
+		NotBefore: cert.NotBefore,
+		NotAfter:  cert.NotAfter,
+	}, nil
+}
+
+// sign makes the certificate and looks at it once more before it leaves.
+func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, spki []byte, now time.Time) (*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, signer.cert, p.pub, signer.key)
+	if err != nil {
+		return nil, fmt.Errorf("sign: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("parse what was signed: %w", err)
+	}
+	if err := Lint(cert); err != nil {
+		return nil, err
+	}
+	id, _, err := x509svid.Verify([]*x509.Certificate{cert, signer.cert}, a.ownBundle(), x509svid.WithTime(now))
+	if err != nil {
+		return nil, err
+	}
+	if id != p.req.ID || id.TrustDomain() != a.td || !bytes.Equal(cert.RawSubjectPublicKeyInfo, spki) {
+		return nil, fmt.Errorf("what was signed is not what was prepared for %q", p.req.ID)
+	}
+	return cert, nil
+}
+
+// signer returns the intermediate to sign p with, after renewing it when it
+// is past half its life or would cut p's lifetime by more than half.
+func (a *Authority) signer(p *Prepared, now time.Time) (*pair, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return nil, errClosed
+	}
+	cur := a.intermediate.cert
+	left := cur.NotAfter.Sub(now)
+	past := left < cur.NotAfter.Sub(cur.NotBefore)/2 || now.Before(cur.NotBefore)
+	short := left < p.req.TTL/2
+	// A new one helps only if it would end later, which near the end of the
+	// root it would not.
+	next := now.Add(a.intermediateTTL)
+	if next.After(a.root.cert.NotAfter) {
+		next = a.root.cert.NotAfter
+	}
+	if (past || short) && next.After(cur.NotAfter.Add(time.Second)) || now.Before(cur.NotBefore) {
+		if err := a.renewIntermediate(); err != nil {
+			if short || now.Before(cur.NotBefore) {
+				return nil, err
+			}
+			a.log.Error("the intermediate is past half its life and could not be renewed", "err", err, "not_after", stamp(cur.NotAfter))
+		}
+	}
+	return a.intermediate, nil
+}
+
+// ownBundle is the source that holds the authority's own root only.
+func (a *Authority) ownBundle() bundleFunc {
+	return func(td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
+		if td != a.td {
+			return nil, fmt.Errorf("no bundle for trust domain %q", td)
+		}
+		return []*x509.Certificate{a.root.cert}, nil
+	}
+}

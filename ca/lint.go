@@ -1,0 +1,150 @@
+package ca
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// Extensions that a leaf has, and whether each is critical. A leaf has these
+// and no others.
+var leafExtensions = map[string]struct {
+	name     string
+	critical bool
+}{
+	"2.5.29.15": {"key usage", true},
+	"2.5.29.17": {"subject alternative name", true}, // the subject is empty
+	"2.5.29.19": {"basic constraints", true},
+	"2.5.29.35": {"authority key identifier", false},
+	"2.5.29.37": {"extended key usage", false},
+}
+
+// Lint checks that a leaf is an X509-SVID of exactly the kind that this
+// authority issues: one SPIFFE ID with a path, no other name, no CA powers, a
+// key and a lifetime within limits, and no extension beyond those needed.
+func Lint(c *x509.Certificate) error {
+	if err := lint(c); err != nil {
+		return fmt.Errorf("ca: lint: %w", err)
+	}
+	return nil
+}
+
+func lint(c *x509.Certificate) error {
+	if c.Version != 3 {
+		return fmt.Errorf("version %d; want 3", c.Version)
+	}
+	if c.SerialNumber.Sign() <= 0 || c.SerialNumber.BitLen() > 159 {
+		return errors.New("serial number must be positive and at most 20 bytes")
+	}
+	if len(c.Subject.Names) != 0 {
+		return fmt.Errorf("subject %q; want an empty one", c.Subject)
+	}
+	id, err := x509svid.IDFromCert(c)
+	if err != nil {
+		return err
+	}
+	if id.Path() == "" {
+		return fmt.Errorf("id %q has no path; a leaf must not name a trust domain only", id)
+	}
+	if c.URIs[0].String() != id.String() {
+		return fmt.Errorf("id %q is not written in its one form %q", c.URIs[0], id)
+	}
+	switch {
+	case c.IsCA || c.MaxPathLen > 0 || c.MaxPathLenZero || !c.BasicConstraintsValid:
+		return errors.New("basic constraints must be there and say that it is no CA")
+	case c.KeyUsage != x509.KeyUsageDigitalSignature:
+		return fmt.Errorf("key usage %#x; want digitalSignature only", int(c.KeyUsage))
+	case len(c.UnknownExtKeyUsage) != 0 || !slices.Equal(c.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}):
+		return errors.New("extended key usage must be serverAuth and clientAuth")
+	}
+	seen := make(map[string]bool)
+	for _, ext := range c.Extensions {
+		oid := ext.Id.String()
+		want, ok := leafExtensions[oid]
+		if !ok {
+			return fmt.Errorf("extension %s does not belong in an SVID", oid)
+		}
+		if ext.Critical != want.critical {
+			return fmt.Errorf("%s: critical is %t; want %t", want.name, ext.Critical, want.critical)
+		}
+		seen[oid] = true
+		if ext.Id.Equal(oidSAN) {
+			var names []asn1.RawValue
+			if rest, err := asn1.Unmarshal(ext.Value, &names); err != nil || len(rest) != 0 || len(names) != 1 {
+				return errors.New("subject alternative name must hold the SPIFFE ID and nothing else")
+			}
+		}
+	}
+	for oid, want := range leafExtensions {
+		if !seen[oid] {
+			return fmt.Errorf("%s is missing", want.name)
+		}
+	}
+	if life := c.NotAfter.Sub(c.NotBefore); life <= 0 || life > MaxTTL+backdate+time.Second {
+		return fmt.Errorf("lifetime %s; want more than 0 and at most %s", life, MaxTTL+backdate)
+	}
+	return checkPublicKey(c.PublicKey)
+}
+
+// linter signs templates with a key that nobody trusts, so that what would be
+// signed can be looked at before a trusted key is touched.
+type linter struct {
+	issuer *pair
+	bundle *x509bundle.Bundle
+}
+
+func newLinter(td spiffeid.TrustDomain, now time.Time) (*linter, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	tmpl, err := caTemplate(td, "signet lint, trusted by nobody", now, now.Add(DefaultRootTTL))
+	if err != nil {
+		return nil, err
+	}
+	tmpl.NotBefore = now.Add(-DefaultRootTTL) // the clock may be set back while it serves
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	return &linter{&pair{cert, key}, x509bundle.FromX509Authorities(td, []*x509.Certificate{cert})}, nil
+}
+
+// check signs tmpl with the throwaway key and reads the result with Lint and
+// with go-spiffe's own verification, at the given instant.
+func (l *linter) check(tmpl *x509.Certificate, pub crypto.PublicKey, id spiffeid.ID, now time.Time) error {
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, l.issuer.cert, pub, l.issuer.key)
+	if err != nil {
+		return fmt.Errorf("sign with the throwaway key: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return fmt.Errorf("parse what would be signed: %w", err)
+	}
+	if err := Lint(cert); err != nil {
+		return err
+	}
+	got, _, err := x509svid.Verify([]*x509.Certificate{cert}, l.bundle, x509svid.WithTime(now))
+	if err != nil {
+		return err
+	}
+	if got != id {
+		return fmt.Errorf("certificate names %q instead of %q", got, id)
+	}
+	return nil
+}

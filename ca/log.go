@@ -1,0 +1,285 @@
+package ca
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Outcome is what became of an intent to issue.
+type Outcome string
+
+// The outcomes.
+const (
+	OutcomeIssued Outcome = "issued" // signed and handed to the caller
+	OutcomeFailed Outcome = "failed" // not handed out; Entry.Error says why
+	// OutcomeUnknown means that the process ended, or is still busy, between
+	// intent and outcome: the certificate may exist.
+	OutcomeUnknown Outcome = "unknown"
+)
+
+// Entry is one issuance.
+type Entry struct {
+	Time     time.Time `json:"time"`   // of the intent
+	Serial   string    `json:"serial"` // lower-case hexadecimal
+	ID       string    `json:"id"`
+	Node     string    `json:"node,omitempty"`     // on whose behalf
+	Workload string    `json:"workload,omitempty"` // namespace/name
+
+	NotBefore time.Time `json:"notBefore"`
+	NotAfter  time.Time `json:"notAfter"`
+	// Issuer is the subject key id of the signing certificate, hexadecimal.
+	Issuer string `json:"issuer"`
+	// KeySHA256 is the digest of the certified public key (SPKI), hexadecimal.
+	KeySHA256 string `json:"keySHA256"`
+
+	Outcome Outcome `json:"outcome"`
+	// CertSHA256 is the digest of the certificate, hexadecimal, once issued.
+	CertSHA256 string `json:"certSHA256,omitempty"`
+	Error      string `json:"error,omitempty"`
+}
+
+// line is one line of the file. An intent has all but the last two fields, an
+// outcome has time, serial and one of the last two.
+type line struct {
+	Event      string    `json:"event"` // intent, issued, failed
+	Time       time.Time `json:"time"`
+	Serial     string    `json:"serial"`
+	ID         string    `json:"id,omitempty"`
+	Node       string    `json:"node,omitempty"`
+	Workload   string    `json:"workload,omitempty"`
+	NotBefore  time.Time `json:"notBefore,omitzero"`
+	NotAfter   time.Time `json:"notAfter,omitzero"`
+	Issuer     string    `json:"issuer,omitempty"`
+	KeySHA256  string    `json:"keySHA256,omitempty"`
+	CertSHA256 string    `json:"certSHA256,omitempty"`
+	Error      string    `json:"error,omitempty"`
+}
+
+// ErrDamaged is returned, with all that could be read, when the issuance log
+// holds lines that are not its own.
+var ErrDamaged = errors.New("ca: the issuance log is damaged")
+
+// Log is the issuance log: JSON lines in a file that only grows. It is safe
+// for concurrent use.
+type Log struct {
+	path string
+
+	mu      sync.Mutex
+	f       *os.File // guarded by mu; nil when closed or opened for reading
+	written uint64   // guarded by mu; lines handed to the kernel
+	err     error    // guarded by mu; once a write or sync failed, for good
+
+	syncMu sync.Mutex // held while syncing; taken before mu
+	synced uint64     // guarded by syncMu; lines known to be durable
+}
+
+// ReadLog opens the issuance log in an authority's directory for reading
+// only, also while the authority runs.
+func ReadLog(dir string) *Log { return &Log{path: filepath.Join(dir, logFile)} }
+
+// openLog opens the log for writing. A last line that a crash tore is cut
+// off: its intent was not durable, so nothing was signed for it.
+func openLog(path string, log *slog.Logger) (*Log, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := cutTornLine(f, log); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &Log{path: path, f: f}, nil
+}
+
+func cutTornLine(f *os.File, log *slog.Logger) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	end := info.Size()
+	buf := make([]byte, 4096)
+	for end > 0 {
+		n := min(int64(len(buf)), end)
+		if _, err := f.ReadAt(buf[:n], end-n); err != nil {
+			return err
+		}
+		if i := bytes.LastIndexByte(buf[:n], '\n'); i >= 0 {
+			end = end - n + int64(i) + 1
+			break
+		}
+		end -= n
+	}
+	if end == info.Size() {
+		return nil
+	}
+	log.Warn("cut a torn last line off the issuance log", "path", f.Name(), "bytes", info.Size()-end)
+	if err := f.Truncate(end); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// intent appends an intent and returns when it is durable.
+func (l *Log) intent(e line) error {
+	e.Event = "intent"
+	n, err := l.append(e)
+	if err != nil {
+		return err
+	}
+	return l.sync(n)
+}
+
+// outcome appends an outcome. It becomes durable with the next intent; a crash
+// before that leaves the outcome unknown, never wrong.
+func (l *Log) outcome(e line) error {
+	e.Event = string(OutcomeIssued)
+	if e.Error != "" {
+		e.Event = string(OutcomeFailed)
+	}
+	_, err := l.append(e)
+	return err
+}
+
+func (l *Log) append(e line) (uint64, error) {
+	data, err := json.Marshal(e)
+	if err != nil {
+		return 0, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.err != nil:
+		return 0, l.err
+	case l.f == nil:
+		return 0, errClosed
+	}
+	if _, err := l.f.Write(append(data, '\n')); err != nil {
+		l.err = fmt.Errorf("issuance log can no longer be written, restart the control plane: %w", err)
+		return 0, l.err
+	}
+	l.written++
+	return l.written, nil
+}
+
+// sync returns when line n is durable. Callers that come while one syncs
+// share the next sync.
+func (l *Log) sync(n uint64) error {
+	l.syncMu.Lock()
+	defer l.syncMu.Unlock()
+	if l.synced >= n {
+		return nil
+	}
+	l.mu.Lock()
+	f, upTo, err := l.f, l.written, l.err
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if f == nil {
+		return errClosed
+	}
+	if err := f.Sync(); err != nil {
+		// What the kernel dropped is not known, so nothing more is signed.
+		l.mu.Lock()
+		l.err = fmt.Errorf("issuance log can no longer be synced, restart the control plane: %w", err)
+		l.mu.Unlock()
+		return err
+	}
+	l.synced = upTo
+	return nil
+}
+
+func (l *Log) close() error {
+	l.syncMu.Lock()
+	defer l.syncMu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.f == nil {
+		return nil
+	}
+	err := errors.Join(l.f.Sync(), l.f.Close())
+	l.f = nil
+	return err
+}
+
+// Entries returns the issuances whose intent is not before since, oldest
+// first. It reads the whole file. With ErrDamaged it returns what it could
+// read.
+func (l *Log) Entries(since time.Time) ([]Entry, error) {
+	return l.read(func(e *line) bool { return !e.Time.Before(since) })
+}
+
+// Find returns the issuance with a serial number, and false when there is
+// none. The number is hexadecimal in either case, with or without colons and
+// leading zeros, as tools write it.
+func (l *Log) Find(serial string) (Entry, bool, error) {
+	want := normalSerial(serial)
+	entries, err := l.read(func(e *line) bool { return normalSerial(e.Serial) == want })
+	if len(entries) == 0 {
+		return Entry{}, false, err
+	}
+	return entries[0], true, err
+}
+
+func normalSerial(s string) string {
+	return strings.TrimLeft(strings.ToLower(strings.ReplaceAll(s, ":", "")), "0")
+}
+
+func (l *Log) read(want func(*line) bool) ([]Entry, error) {
+	f, err := os.Open(l.path)
+	if err != nil {
+		return nil, fmt.Errorf("ca: open the issuance log: %w", err)
+	}
+	defer f.Close()
+	var (
+		out     []Entry
+		index   = make(map[string]int) // serial -> position in out
+		damaged []error
+		r       = bufio.NewReader(f)
+	)
+	for n := 1; ; n++ {
+		data, err := r.ReadBytes('\n')
+		if errors.Is(err, io.EOF) { // what has no newline is torn or being written
+			return out, errors.Join(damaged...)
+		}
+		if err != nil {
+			return out, fmt.Errorf("ca: read the issuance log: %w", err)
+		}
+		var e line
+		if err := json.Unmarshal(data, &e); err != nil {
+			damaged = append(damaged, fmt.Errorf("%w: %s:%d: %w", ErrDamaged, l.path, n, err))
+			continue
+		}
+		switch e.Event {
+		case "intent":
+			if want(&e) {
+				index[e.Serial] = len(out)
+				out = append(out, Entry{
+					Time: e.Time, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
+					NotBefore: e.NotBefore, NotAfter: e.NotAfter, Issuer: e.Issuer, KeySHA256: e.KeySHA256,
+					Outcome: OutcomeUnknown,
+				})
+			}
+		case string(OutcomeIssued), string(OutcomeFailed):
+			if i, ok := index[e.Serial]; ok {
+				out[i].Outcome, out[i].CertSHA256, out[i].Error = Outcome(e.Event), e.CertSHA256, e.Error
+			}
+		default:
+			damaged = append(damaged, fmt.Errorf("%w: %s:%d: event %q", ErrDamaged, l.path, n, e.Event))
+		}
+	}
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+)
+
+// leaves returns every command of a tree, the groups too.
+func leaves(c *cobra.Command) []*cobra.Command {
+	all := []*cobra.Command{c}
+	for _, sub := range c.Commands() {
+		all = append(all, leaves(sub)...)
+	}
+	return all
+}
+
+// callsOfSignet finds command lines in text.
+var callsOfSignet = regexp.MustCompile(`(?m)(?:^|[\s(;&|])(?:bin/)?signet( [^|#)\n]*)?`)
+
+// parses tells whether a command line names an existing command and flags.
+func parses(line string) error {
+	root := (&app{getenv: os.Getenv}).newRoot()
+	cmd, rest, err := root.Find(strings.Fields(line))
+	if err != nil {
+		return err
+	}
+	if err := cmd.ParseFlags(rest); err != nil {
+		return err
+	}
+	return cmd.ValidateArgs(cmd.Flags().Args())
+}
+
+// Help that shows a command line which does not work is worse than none.
+func TestHelpOfEveryCommand(t *testing.T) {
+	for _, c := range leaves((&app{getenv: os.Getenv}).newRoot()) {
+		if c.Short == "" || c.Long == "" || c.Example == "" {
+			t.Errorf("%s: Short, Long and Example are all needed", c.CommandPath())
+		}
+		for _, call := range callsOfSignet.FindAllStringSubmatch(c.Example, -1) {
+			if err := parses(call[1]); err != nil {
+				t.Errorf("%s: example `signet%s`: %v", c.CommandPath(), call[1], err)
+			}
+		}
+	}
+}
+
+// The README's command lines are those of this program.
+func TestReadmeCommandLines(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
+		for _, line := range strings.Split(block[1], "\n") {
+			line, _, _ = strings.Cut(line, "#")
+			for _, call := range callsOfSignet.FindAllStringSubmatch(line, -1) {
+				n++
+				if err := parses(call[1]); err != nil {
+					t.Errorf("README: `signet%s`: %v", call[1], err)
+				}
+			}
+		}
+	}
+	if n < 8 {
+		t.Errorf("found %d command lines in the README, which cannot be all", n)
+	}
+}
+
+// Every command refuses what it does not know, with the code for usage.
+func TestUnknownFlagsAndArguments(t *testing.T) {
+	for _, c := range leaves((&app{getenv: os.Getenv}).newRoot()) {
+		path := strings.Fields(c.CommandPath())[1:]
+		if c.Name() == "up" || c.Name() == "help" {
+			continue
+		}
+		if got := runIn(t, t.TempDir(), append(path, "--no-such-flag")...); got.code != exitUsage || !strings.Contains(got.err, "--help") || got.out != "" {
+			t.Errorf("%s --no-such-flag: %+v", c.CommandPath(), got)
+		}
+		if c.Name() == "check" && len(path) == 2 { // takes files
+			path = append(path, "-o", "xml")
+		}
+		if got := runIn(t, t.TempDir(), append(path, "no-such-argument")...); got.code != exitUsage || got.out != "" {
+			t.Errorf("%s no-such-argument: %+v", c.CommandPath(), got)
+		}
+	}
+}

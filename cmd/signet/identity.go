@@ -1,0 +1,91 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/authz"
+)
+
+// reference is an identity as it was given on the command line: a SPIFFE ID,
+// or "namespace/service-account" of whatever trust domain the mesh has.
+type reference struct {
+	id     spiffeid.ID // zero when short
+	ns, sa string      // set when short
+}
+
+func parseReference(flag, s string) (reference, error) {
+	bad := func(why any) (reference, error) {
+		return reference{}, usage(fmt.Errorf("--%s %q: %v; write NAMESPACE/SERVICE-ACCOUNT or a SPIFFE ID such as spiffe://mesh.example/ns/shop/sa/web", flag, s, why))
+	}
+	if strings.HasPrefix(s, "spiffe://") {
+		id, err := spiffeid.FromString(s)
+		if err != nil {
+			return bad(err)
+		}
+		return reference{id: id}, nil
+	}
+	ns, sa, ok := strings.Cut(s, "/")
+	if !ok || strings.Contains(sa, "/") {
+		return bad("is neither")
+	}
+	if err := authz.CheckNamespace(ns); err != nil {
+		return bad(fmt.Errorf("namespace %w", err))
+	}
+	if err := authz.CheckName(sa); err != nil {
+		return bad(fmt.Errorf("service account %w", err))
+	}
+	return reference{ns: ns, sa: sa}, nil
+}
+
+// parseParty reads a filter of audit records: an identity, or "namespace/" for
+// all of a namespace.
+func parseParty(flag, s string) (string, error) {
+	if ns, ok := strings.CutSuffix(s, "/"); ok && authz.CheckNamespace(ns) == nil {
+		return s, nil
+	}
+	r, err := parseReference(flag, s)
+	if err != nil {
+		return "", err
+	}
+	if !r.id.IsZero() {
+		return r.id.String(), nil
+	}
+	return r.ns + "/" + r.sa, nil
+}
+
+// in returns the SPIFFE ID in a mesh.
+func (r reference) in(td spiffeid.TrustDomain) (spiffeid.ID, error) {
+	if !r.id.IsZero() {
+		return r.id, nil
+	}
+	return spiffeid.FromSegments(td, "ns", r.ns, "sa", r.sa)
+}
+
+// target reads what an ID of a mesh names as a target of policies.
+func target(td spiffeid.TrustDomain, id spiffeid.ID) (authz.Target, error) {
+	parts := strings.Split(id.Path(), "/")
+	if len(parts) != 5 || parts[1] != "ns" || parts[3] != "sa" {
+		return authz.Target{}, usage(fmt.Errorf("--to %s: is no workload; its path must be /ns/NAMESPACE/sa/SERVICE-ACCOUNT", id))
+	}
+	if !id.MemberOf(td) {
+		return authz.Target{}, usage(fmt.Errorf("--to %s: is not in the trust domain %s of this mesh, whose policies cannot protect it", id, td))
+	}
+	return authz.Target{Namespace: parts[2], ServiceAccount: parts[4]}, nil
+}
+
+// shortID writes an ID as "namespace/service-account" where it has that form.
+// The trust domain stays when it is not the usual one.
+func shortID(id, usual string) string {
+	parsed, err := spiffeid.FromString(id)
+	if err != nil {
+		return id
+	}
+	parts := strings.Split(parsed.Path(), "/")
+	if len(parts) != 5 || parts[1] != "ns" || parts[3] != "sa" || (usual != "" && parsed.TrustDomain().Name() != usual) {
+		return id
+	}
+	return parts[2] + "/" + parts[4]
+}

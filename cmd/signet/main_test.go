@@ -1,0 +1,307 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/adminclient"
+)
+
+// testNow is the time in every test.
+var testNow = time.Date(2026, 11, 23, 9, 30, 0, 0, time.UTC)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"signet": func() {
+		a := &app{in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.Getenv, now: func() time.Time { return testNow }}
+		os.Exit(a.run(context.Background(), os.Args[1:]))
+	}})
+}
+
+// TestScripts runs the program as its users do; the scripts hold its output.
+// With UPDATE_GOLDEN=1 they are rewritten.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		UpdateScripts:       os.Getenv("UPDATE_GOLDEN") != "",
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("ESCAPE", "\x1b[2J")
+			env.Setenv("SIGNET_RUN_DIR", filepath.Join(env.WorkDir, "run"))
+			env.Setenv("SIGNET_STATE_DIR", filepath.Join(env.WorkDir, "state"))
+			return os.Mkdir(filepath.Join(env.WorkDir, "run"), 0o700)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			// mesh well|ill: serve a mesh in the run directory.
+			"mesh": func(ts *testscript.TestScript, _ bool, args []string) {
+				stop, err := meshes[args[0]].serve(ts.Getenv("SIGNET_RUN_DIR"))
+				ts.Check(err)
+				ts.Defer(stop)
+			},
+			// code N command...: run it and expect the exit code.
+			"code": func(ts *testscript.TestScript, _ bool, args []string) {
+				err := ts.Exec(args[1], args[2:]...)
+				got := "0"
+				if err != nil {
+					got = strings.TrimPrefix(err.Error(), "exit status ")
+				}
+				if got != args[0] {
+					ts.Fatalf("exit code %s (%v), want %s", got, err, args[0])
+				}
+			},
+		},
+	})
+}
+
+// fakeMesh answers on the admin sockets with what it holds; a nil status
+// leaves that part's socket out.
+type fakeMesh struct {
+	control      *adminv1.ControlStatus
+	agent        *adminv1.AgentStatus
+	certificates []adminv1.Certificate
+	records      []audit.Record
+	verification adminv1.AuditVerification
+	explanation  adminv1.Explanation
+}
+
+func (m *fakeMesh) serve(dir string) (stop func(), err error) {
+	answer := func(v any) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(v) }
+	}
+	var stops []func()
+	stop = func() {
+		for _, s := range stops {
+			s()
+		}
+	}
+	listen := func(socket string, mux *http.ServeMux) error {
+		l, err := net.Listen("unix", filepath.Join(dir, socket))
+		if err != nil {
+			return err
+		}
+		s := &http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
+		done := make(chan struct{})
+		go func() { defer close(done); _ = s.Serve(l) }()
+		stops = append(stops, func() { _ = s.Close(); <-done })
+		return nil
+	}
+	if m.agent != nil {
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET /v1/status", answer(m.agent))
+		mux.HandleFunc("GET /v1/certificates", answer(m.certificates))
+		mux.HandleFunc("GET /v1/audit/verify", answer(m.verification))
+		mux.HandleFunc("GET /v1/audit", func(w http.ResponseWriter, r *http.Request) {
+			for _, rec := range m.records {
+				if v := r.URL.Query().Get("verdict"); v == "" || v == string(rec.Verdict) {
+					_ = json.NewEncoder(w).Encode(rec)
+				}
+			}
+		})
+		if err := listen(adminclient.AgentSocket, mux); err != nil {
+			return stop, err
+		}
+	}
+	if m.control != nil {
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET /v1/status", answer(m.control))
+		mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
+			e := m.explanation
+			e.From, e.To = r.URL.Query().Get("from"), r.URL.Query().Get("to")
+			answer(e)(w, r)
+		})
+		if err := listen(adminclient.ControlSocket, mux); err != nil {
+			return stop, err
+		}
+	}
+	return stop, nil
+}
+
+func id(short string) string {
+	ns, sa, _ := strings.Cut(short, "/")
+	return "spiffe://mesh.example/ns/" + ns + "/sa/" + sa
+}
+
+var testRecords = []audit.Record{
+	{
+		Seq: 1, ID: "c-1", Node: "n1", Side: audit.Source, Start: testNow.Add(-time.Minute), End: testNow.Add(-59500 * time.Millisecond),
+		Source:      audit.Party{ID: id("shop/checkout"), Workload: "shop/checkout-1", Address: "10.0.0.2:41000", Serial: "0a"},
+		Destination: audit.Party{ID: id("pay/ledger"), Address: "10.0.0.3:8443", Serial: "0b"},
+		Verdict:     audit.Allowed, Reason: "allowed by pay/allow-checkout", Policy: "pay/allow-checkout", Revision: "00112233445566ff",
+		Transport: "mtls", TLS: &audit.TLS{Version: "TLSv1.3", Cipher: "TLS_AES_128_GCM_SHA256", Group: "X25519MLKEM768"}, BytesSent: 120, BytesReceived: 4096,
+	},
+	{
+		Seq: 2, ID: "c-2", Node: "n1", Side: audit.Destination, Start: testNow.Add(-30 * time.Second), End: testNow.Add(-30 * time.Second),
+		Source: audit.Party{Address: "10.0.0.9:5555"}, Destination: audit.Party{ID: id("pay/ledger"), Workload: "pay/ledger-1", Address: "10.0.0.3:8443"},
+		Verdict: audit.Denied, Reason: "default deny: came without\x1b[2J a tunnel", Transport: "plaintext",
+	},
+	{
+		Seq: 3, ID: "c-3", Node: "n1", Side: audit.Source, Start: testNow.Add(-10 * time.Second),
+		Source: audit.Party{ID: id("shop/web")}, Destination: audit.Party{Address: "192.0.2.7:443"},
+		Verdict: audit.Observed, Reason: "outside the mesh", Transport: "plaintext",
+	},
+}
+
+// meshes are one that is well and one that has everything wrong with it.
+var meshes = map[string]*fakeMesh{
+	"well": {
+		control: &adminv1.ControlStatus{
+			TrustDomain: "mesh.example", Revision: "00112233445566ff", Since: testNow.Add(-time.Hour), Policies: 2,
+			Nodes: []adminv1.NodeStatus{{Name: "n1", Connected: true, Revision: "00112233445566ff", Since: testNow.Add(-time.Hour)}},
+		},
+		agent: &adminv1.AgentStatus{
+			Node: "n1", ControlConnected: true, ProxyConnected: true, Revision: "00112233445566ff",
+			Workloads: []adminv1.WorkloadStatus{
+				{Workload: "pay/ledger-1", ID: id("pay/ledger"), Mode: "enforce", Captured: true, Connections: 2},
+				{Workload: "shop/batch", ID: id("shop/batch"), Mode: "observe"},
+			},
+			Audit: adminv1.AuditStatus{Records: 3, Open: 1},
+		},
+		certificates: []adminv1.Certificate{
+			{Holder: "node", ID: "spiffe://mesh.example/signet/node/n1", Serial: "01", NotBefore: testNow.Add(-time.Minute), NotAfter: testNow.Add(time.Hour), RenewAt: testNow.Add(30 * time.Minute), Issuer: "aa"},
+			{Holder: "pay/ledger-1", ID: id("pay/ledger"), Serial: "02", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Minute), RenewAt: testNow.Add(-time.Second), Issuer: "aa"},
+		},
+		records:      testRecords,
+		verification: adminv1.AuditVerification{Batches: 2, Records: 3},
+		explanation:  adminv1.Explanation{Port: 8443, Mode: "enforce", Verdict: "allowed", Reason: "allowed by pay/allow-checkout", Policy: "pay/allow-checkout", Revision: "00112233445566ff"},
+	},
+	"ill": {
+		control: &adminv1.ControlStatus{
+			TrustDomain: "mesh.example", Revision: "00112233445566ff", Since: testNow.Add(-time.Hour),
+			Rejected: []string{"pay.yaml:7: spec.from[0].spiffeID: is no SPIFFE ID"},
+			Invalid:  []authz.Diagnostic{{Policy: "pay/old", Field: "spec.from", Message: "is empty"}},
+			Nodes: []adminv1.NodeStatus{
+				{Name: "n1", Connected: true, Revision: "ffffffffffffffff", Since: testNow.Add(-time.Hour)},
+				{Name: "n2", Since: testNow.Add(-time.Minute)},
+			},
+		},
+		agent: &adminv1.AgentStatus{
+			Node: "n1", Revision: "ffffffffffffffff",
+			Workloads: []adminv1.WorkloadStatus{{Workload: "pay/ledger-1", ID: id("pay/ledger"), Mode: "enforce", Problem: "no rules in the kernel"}},
+			Audit:     adminv1.AuditStatus{Records: 3, Gaps: 4},
+		},
+		certificates: []adminv1.Certificate{
+			{Holder: "node", ID: "spiffe://mesh.example/signet/node/n1", Serial: "01", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(-time.Second), RenewAt: testNow.Add(-time.Minute), Issuer: "aa"},
+			{Holder: "pay/ledger-1", ID: id("pay/ledger"), Serial: "02", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Minute), RenewAt: testNow.Add(-time.Second), Issuer: "aa", LastError: "control plane: not this node's workload"},
+		},
+		verification: adminv1.AuditVerification{Batches: 1, Records: 2, Fault: "batch 2 does not follow batch 1"},
+		explanation: adminv1.Explanation{
+			Port: 8443, Mode: "observe", Verdict: "denied", Reason: "default deny: 1 policy protects pay/ledger, it does not admit this caller",
+			Near: []authz.NearMiss{{Policy: "pay/allow-checkout", Why: "caller is shop/web"}},
+		},
+	},
+}
+
+// result is one run of the program in this process.
+type result struct {
+	code     int
+	out, err string
+}
+
+func runIn(t *testing.T, dir string, argv ...string) result {
+	t.Helper()
+	var out, errs bytes.Buffer
+	env := map[string]string{"SIGNET_RUN_DIR": dir, "SIGNET_STATE_DIR": filepath.Join(dir, "state")}
+	a := &app{in: strings.NewReader(""), out: &out, err: &errs, getenv: func(k string) string { return env[k] }, now: func() time.Time { return testNow }}
+	return result{a.run(t.Context(), argv), out.String(), errs.String()}
+}
+
+// An exit code that depends on the form of output lets a broken mesh or a bad
+// policy pass a pipeline that happens to ask for JSON.
+func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
+	commands := map[string]struct {
+		argv []string
+		ill  int // exit code with the mesh that is ill
+		gone int // exit code without a mesh
+	}{
+		"signet status":         {[]string{"status"}, exitFindings, exitFailed},
+		"signet certs":          {[]string{"certs"}, exitFindings, exitFailed},
+		"signet audit":          {[]string{"audit"}, exitGood, exitFailed},
+		"signet audit verify":   {[]string{"audit", "verify"}, exitFindings, exitFailed},
+		"signet policy explain": {[]string{"policy", "explain", "--from", "shop/web", "--to", "pay/ledger", "--port", "8443"}, exitFindings, exitFailed},
+		"signet policy check":   {nil, exitFindings, exitFindings},
+		"signet check":          {nil, exitFindings, exitFindings},
+		"signet version":        {[]string{"version"}, exitGood, exitGood},
+	}
+	for name, c := range commands {
+		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {
+			for _, state := range []struct {
+				name string
+				want int
+			}{{"well", exitGood}, {"ill", c.ill}, {"gone", c.gone}} {
+				dir := t.TempDir()
+				if m := meshes[state.name]; m != nil {
+					stop, err := m.serve(dir)
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(stop)
+				}
+				argv := c.argv
+				switch name {
+				case "signet policy check":
+					argv = []string{"policy", "check", writeFile(t, dir, "p.yaml", map[bool]string{true: goodPolicy, false: "kind: Nonsense\n"}[state.name == "well"], 0o600)}
+				case "signet check":
+					version := map[bool]string{true: envoyVersion, false: "1.2.3"}[state.name == "well"]
+					argv = []string{"check", "--envoy", fakeEnvoy(t, dir, version)}
+				}
+				for _, form := range []string{"table", "wide", "json", "yaml"} {
+					got := runIn(t, dir, append(slices.Clone(argv), "-o", form)...)
+					if got.code != state.want {
+						t.Errorf("%s -o %s: exit code %d, want %d\n%s%s", state.name, form, got.code, state.want, got.out, got.err)
+					}
+					if got.code != exitFailed && got.out == "" {
+						t.Errorf("%s -o %s: no output", state.name, form)
+					}
+					if form == "json" && got.code != exitFailed {
+						var doc struct{ APIVersion, Kind string }
+						if err := json.Unmarshal([]byte(got.out), &doc); err != nil || doc.APIVersion != "signet.dev/cli/v1" || doc.Kind == "" {
+							t.Errorf("%s: opening %+v, %v", state.name, doc, err)
+						}
+					}
+					if got.code == exitFailed && (got.out != "" || !strings.Contains(got.err, "signet up")) {
+						t.Errorf("%s -o %s: a failure says what to do on stderr alone: %q, %q", state.name, form, got.out, got.err)
+					}
+				}
+			}
+		})
+	}
+	for _, c := range leaves((&app{getenv: os.Getenv}).newRoot()) {
+		if _, listed := commands[c.CommandPath()]; c.Flags().Lookup("output") != nil && !listed {
+			t.Errorf("%q has -o and is not tested here", c.CommandPath())
+		}
+	}
+}
+
+const goodPolicy = `apiVersion: signet.dev/v1alpha1
+kind: AllowPolicy
+metadata: {namespace: pay, name: allow-checkout}
+spec:
+  from: [{serviceAccount: shop/checkout}]
+`
+
+func writeFile(t *testing.T, dir, name, content string, mode os.FileMode) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte(content), mode); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func fakeEnvoy(t *testing.T, dir, version string) string {
+	t.Helper()
+	return writeFile(t, dir, "envoy", "#!/bin/sh\necho\necho 'envoy  version: 0123abcd/"+version+"/Clean/RELEASE/BoringSSL'\n", 0o700)
+}

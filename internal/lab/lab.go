@@ -1,0 +1,137 @@
+// Package lab makes small networks for tests, examples and benchmarks:
+// network namespaces ("pods") on a bridge, inside namespaces of the program's
+// own, so that nothing can be left behind on the machine.
+//
+// It works as root and, through a user namespace, as an ordinary user.
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vishvananda/netlink"
+)
+
+// netnsDir is where named namespaces are mounted, as "ip netns" does.
+const netnsDir = "/run/netns"
+
+// Config describes a lab. The zero Config is usable.
+type Config struct {
+	// Bridge is the IPv4 subnet of the pods; 10.88.0.0/16 if not set. Its
+	// first address is the gateway, on the bridge. Two labs that live at
+	// the same time need different subnets.
+	Bridge netip.Prefix
+}
+
+// Lab is a bridge and its pods. Its methods are safe for concurrent use.
+type Lab struct {
+	subnet  netip.Prefix
+	gateway netip.Addr
+	bridge  *netlink.Bridge
+
+	mu     sync.Mutex
+	pods   map[string]*Pod // guarded by mu
+	closed bool            // guarded by mu
+}
+
+// linkNumber makes link names unique within the process.
+var linkNumber atomic.Uint32
+
+// New makes a bridge in the current network namespace. It fails unless the
+// program runs inside namespaces that Isolate made, so it never changes the
+// machine's own network. The caller closes the lab.
+func New(cfg Config) (*Lab, error) {
+	if !inside() {
+		return nil, errors.New("lab: not isolated: call lab.Isolate (or lab.Main in TestMain) first")
+	}
+	subnet := cfg.Bridge
+	if !subnet.IsValid() {
+		subnet = netip.MustParsePrefix("10.88.0.0/16")
+	}
+	subnet = subnet.Masked()
+	if !subnet.Addr().Is4() || subnet.Bits() > 30 {
+		return nil, fmt.Errorf("lab: Bridge: %s is not an IPv4 subnet with room for pods: use for example 10.88.0.0/16", subnet)
+	}
+	l := &Lab{
+		subnet:  subnet,
+		gateway: subnet.Addr().Next(),
+		bridge:  &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs()},
+		pods:    map[string]*Pod{},
+	}
+	l.bridge.Name = fmt.Sprintf("lab%d", linkNumber.Add(1))
+	if err := netlink.LinkAdd(l.bridge); err != nil {
+		return nil, fmt.Errorf("lab: make bridge %s: %w", l.bridge.Name, err)
+	}
+	err := netlink.AddrAdd(l.bridge, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(l.gateway, subnet.Bits()))})
+	if err == nil {
+		err = netlink.LinkSetUp(l.bridge)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lab: set up bridge %s: %w", l.bridge.Name, err), netlink.LinkDel(l.bridge))
+	}
+	return l, nil
+}
+
+// Gateway is the bridge's own address: processes outside of every pod, such
+// as an unenrolled client on the node, have it.
+func (l *Lab) Gateway() netip.Addr { return l.gateway }
+
+// Bridge is the name of the bridge interface.
+func (l *Lab) Bridge() string { return l.bridge.Name }
+
+// Pod returns the pod of that name, or nil.
+func (l *Lab) Pod(name string) *Pod {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.pods[name]
+}
+
+// DeletePod kills the processes that Command started in the pod and removes
+// its links and its name. Processes started in other ways keep the nameless
+// namespace until they end. The pod must not be used afterwards.
+func (l *Lab) DeletePod(name string) error {
+	l.mu.Lock()
+	p := l.pods[name]
+	delete(l.pods, name)
+	l.mu.Unlock()
+	if p == nil {
+		return fmt.Errorf("lab: no pod named %q", name)
+	}
+	return p.remove()
+}
+
+// Close removes all pods and the bridge. It is idempotent.
+func (l *Lab) Close() error {
+	l.mu.Lock()
+	pods := l.pods
+	l.pods = map[string]*Pod{}
+	closed := l.closed
+	l.closed = true
+	l.mu.Unlock()
+	if closed {
+		return nil
+	}
+	var errs []error
+	for _, p := range pods {
+		errs = append(errs, p.remove())
+	}
+	if err := netlink.LinkDel(l.bridge); err != nil {
+		errs = append(errs, fmt.Errorf("lab: remove bridge %s: %w", l.bridge.Name, err))
+	}
+	return errors.Join(errs...)
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// exists reports whether a file is there.
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}

@@ -1,0 +1,97 @@
+package xds
+
+import (
+	"errors"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// Options are the settings of the node proxy that do not follow from the mesh.
+type Options struct {
+	// AccessLog is the file that the proxy appends audit lines to. Empty
+	// turns audit off, which exists for measuring what it costs.
+	AccessLog string
+}
+
+// Build returns the resources that the proxy of a node subscribes to by
+// wildcard: its listeners, their routes, the shared clusters, and the
+// destinations that local workloads are allowed to reach. Other destinations
+// are built on demand by Destination.
+func Build(v *mesh.View, node string, o Options) (Set, error) {
+	if v == nil || v.State == nil {
+		return nil, errors.New("xds: no state")
+	}
+	b := &builder{view: v, node: node, opts: o, set: Set{}}
+	for _, stage := range []func(){
+		b.sharedClusters,
+		b.tunnelListener,
+		b.workloadListeners,
+		b.workloadRoutes,
+		b.allowedDestinations,
+	} {
+		stage()
+	}
+	return b.set, b.err
+}
+
+// builder carries one Build through its stages.
+type builder struct {
+	view *mesh.View
+	node string
+	opts Options
+	set  Set
+	err  error // the first failure
+}
+
+func (b *builder) add(name string, m proto.Message) {
+	if err := b.set.Add(name, m); err != nil && b.err == nil {
+		b.err = err
+	}
+}
+
+// captured returns the node's workloads that have listeners.
+func (b *builder) captured() []mesh.Workload {
+	var out []mesh.Workload
+	for _, w := range b.view.State.OnNode(b.node) {
+		if w.Capture != nil {
+			out = append(out, w)
+		}
+	}
+	return out
+}
+
+// tunnelLife is how long a pooled tunnel takes new streams. Half a
+// certificate's life, so that no tunnel outlives the certificates it was
+// opened with by more than its last streams.
+func (b *builder) tunnelLife() time.Duration { return b.view.State.SVIDTTL / 2 }
+
+// packed wraps a message built here; marshalling it cannot fail, since every
+// string in it has been validated as UTF-8 at the edge.
+func packed(m proto.Message) *anypb.Any {
+	value, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil // Envoy refuses a resource with an empty extension
+	}
+	return &anypb.Any{
+		TypeUrl: "type.googleapis.com/" + string(m.ProtoReflect().Descriptor().FullName()),
+		Value:   value,
+	}
+}
+
+func ads() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ResourceApiVersion:    corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+	}
+}
+
+func u32(n uint32) *wrapperspb.UInt32Value { return wrapperspb.UInt32(n) }
+
+func seconds(n int64) *durationpb.Duration { return &durationpb.Duration{Seconds: n} }

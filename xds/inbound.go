@@ -1,0 +1,152 @@
+package xds
+
+import (
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	configrbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
+	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+const rbacFilter = "rbac"
+
+// tunnelIn terminates the mTLS tunnels to a workload. Authorization runs on
+// the CONNECT request's headers, before the application is contacted.
+func (b *builder) tunnelIn(w *mesh.Workload) *listenerv3.Listener {
+	return &listenerv3.Listener{
+		Name:      tunnelInListener(w),
+		Address:   inNamespace(w, mesh.PortTunnel),
+		AccessLog: b.accessLog(LineHandshake, "workload", w.Key()),
+		FilterChains: []*listenerv3.FilterChain{{
+			TransportSocketConnectTimeout: seconds(5),
+			TransportSocket: &corev3.TransportSocket{
+				Name: "tls",
+				ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.DownstreamTlsContext{
+					RequireClientCertificate:         boolValue(true),
+					SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
+					DisableStatefulSessionResumption: true,
+					CommonTlsContext: &tlsv3.CommonTlsContext{
+						TlsParams:             tlsParams(),
+						AlpnProtocols:         []string{"h2"},
+						ValidationContextType: b.validation(),
+						TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{
+							Name: ServerSecret(w.ID), SdsConfig: ads(),
+						}},
+					},
+				})},
+			},
+			Filters: []*listenerv3.Filter{
+				namespaceState(w),
+				filter("http", b.connectManager(w)),
+			},
+		}},
+	}
+}
+
+// namespaceState makes the connection's upstream socket in the workload's
+// namespace.
+func namespaceState(w *mesh.Workload) *listenerv3.Filter {
+	return setState(stateValue("envoy.network.upstream_bind_override.network_namespace",
+		w.Capture.NetNS, hashable, sfsv3.FilterStateValue_ONCE))
+}
+
+func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager {
+	return &hcmv3.HttpConnectionManager{
+		StatPrefix:        "in",
+		CodecType:         hcmv3.HttpConnectionManager_HTTP2,
+		StreamIdleTimeout: seconds(0), // a database connection may idle for days
+		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+			MaxConnectionDuration:        durationpb.New(b.tunnelLife()),
+			HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST,
+		},
+		RequestHeadersTimeout: seconds(5),
+		Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
+			AllowConnect:                true,
+			InitialStreamWindowSize:     u32(65535 * 2),
+			InitialConnectionWindowSize: u32(inboundTunnel),
+		},
+		UpgradeConfigs: []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "CONNECT"}},
+		AccessLog:      b.accessLog(LineInbound, "workload", w.Key()),
+		AccessLogOptions: &hcmv3.HttpConnectionManager_HcmAccessLogOptions{
+			FlushLogOnTunnelSuccessfullyEstablished: true,
+		},
+		LocalReplyConfig: denialReply(),
+		HttpFilters: []*hcmv3.HttpFilter{
+			{
+				// Without a route's policy this denies: ALLOW with no policies.
+				Name: rbacFilter,
+				ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed(&rbacv3.RBAC{
+					Rules: &configrbacv3.RBAC{Action: configrbacv3.RBAC_ALLOW},
+				})},
+			},
+			{
+				Name:       "router",
+				ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed(&routerv3.Router{})},
+			},
+		},
+		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
+			RouteConfigName: RouteName(w), ConfigSource: ads(),
+		}},
+	}
+}
+
+// denialReply lets the reason travel: the 403 says it in a header, which the
+// caller's proxy writes into its own audit record.
+func denialReply() *hcmv3.LocalReplyConfig {
+	reason := routeMeta(metaDeny)
+	return &hcmv3.LocalReplyConfig{
+		Mappers: []*hcmv3.ResponseMapper{{
+			Filter: &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_StatusCodeFilter{
+				StatusCodeFilter: &accesslogv3.StatusCodeFilter{Comparison: &accesslogv3.ComparisonFilter{
+					Op:    accesslogv3.ComparisonFilter_EQ,
+					Value: &corev3.RuntimeUInt32{DefaultValue: 403, RuntimeKey: "signet.none"},
+				}},
+			}},
+			HeadersToAdd: []*corev3.HeaderValueOption{
+				{Header: &corev3.HeaderValue{Key: HeaderReason, Value: reason}},
+				{Header: &corev3.HeaderValue{Key: HeaderRevision, Value: routeMeta(metaRevision)}},
+			},
+			BodyFormatOverride: textFormat(reason + "\n"),
+		}},
+	}
+}
+
+// Headers of the answer to a CONNECT. The agent reads them back from the
+// caller's access log.
+const (
+	HeaderReason   = "x-signet-reason" // of a refusal
+	HeaderPolicy   = "x-signet-policy" // that admitted
+	HeaderShadow   = "x-signet-shadow" // what enforce would have done, in observe mode
+	HeaderRevision = "x-signet-revision"
+)
+
+// plainIn takes what reaches the workload without a tunnel: refused in
+// enforce mode, let through and recorded in observe mode.
+func (b *builder) plainIn(w *mesh.Workload) *listenerv3.Listener {
+	cluster := clusterRefuse
+	if b.view.State.Mode(w.Namespace) == mesh.ModeObserve {
+		cluster = clusterPlain
+	}
+	return &listenerv3.Listener{
+		Name:            plainInListener(w),
+		Address:         inNamespace(w, mesh.PortInbound),
+		ListenerFilters: originalDst(),
+		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
+			namespaceState(w),
+			filter("tcp", &tcpv3.TcpProxy{
+				StatPrefix:       "plain",
+				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
+				IdleTimeout:      seconds(0),
+				AccessLog:        b.accessLog(LinePlain, "workload", w.Key(), "mode", b.view.State.Mode(w.Namespace).String()),
+			}),
+		}}},
+	}
+}

@@ -1,0 +1,105 @@
+package xds
+
+import (
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	odstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	setstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/set_filter_state/v3"
+	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// workloadListeners adds the three listeners of each captured workload.
+func (b *builder) workloadListeners() {
+	for _, w := range b.captured() {
+		b.add(outboundListener(&w), b.outbound(&w))
+		b.add(tunnelInListener(&w), b.tunnelIn(&w))
+		b.add(plainInListener(&w), b.plainIn(&w))
+	}
+}
+
+// outbound takes what the workload's processes dial. The identity of the
+// connection is the listener's: whoever can connect to it is in the
+// workload's network namespace.
+func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
+	const (
+		transitive = sfsv3.FilterStateValue_TRANSITIVE
+		none       = sfsv3.FilterStateValue_NONE
+	)
+	return &listenerv3.Listener{
+		Name:            outboundListener(w),
+		Address:         inNamespace(w, mesh.PortOutbound),
+		ListenerFilters: originalDst(),
+		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
+			setState(
+				// Hashable, so that the tunnel pool is partitioned by it:
+				// otherwise one workload's connections could travel in a
+				// tunnel opened with another workload's certificate.
+				stateValue("envoy.tls.certificate_mappers.on_demand_secret", ClientSecret(w.ID), hashable, transitive),
+				stateValue("envoy.network.upstream_bind_override.network_namespace", w.Capture.NetNS, hashable, transitive),
+				stateValue("envoy.tcp_proxy.cluster", destinationPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%", "", none),
+				stateValue(stateConn, connState(w), "envoy.string", transitive),
+			),
+			filter("tcp", &tcpv3.TcpProxy{
+				StatPrefix:       "out",
+				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: clusterRefuse},
+				OnDemand:         &tcpv3.TcpProxy_OnDemand{OdcdsConfig: ads(), Timeout: seconds(5)},
+				IdleTimeout:      seconds(0),
+				AccessLog:        b.accessLog(LineOutbound, "workload", w.Key(), "self", w.ID.String()),
+			}),
+		}}},
+	}
+}
+
+// connState describes the captured connection to the audit line that the
+// tunnel writes: workload, client address, dialled address.
+func connState(w *mesh.Workload) string {
+	return w.Key() + " %DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS%"
+}
+
+const hashable = "envoy.hashable_string"
+
+func inNamespace(w *mesh.Workload, port uint32) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address:                  "0.0.0.0",
+		PortSpecifier:            &corev3.SocketAddress_PortValue{PortValue: port},
+		NetworkNamespaceFilepath: w.Capture.NetNS,
+	}}}
+}
+
+func originalDst() []*listenerv3.ListenerFilter {
+	return []*listenerv3.ListenerFilter{{
+		Name:       "original_dst",
+		ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: packed(&odstv3.OriginalDst{})},
+	}}
+}
+
+func filter(name string, m proto.Message) *listenerv3.Filter {
+	return &listenerv3.Filter{Name: name, ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: packed(m)}}
+}
+
+func setState(values ...*sfsv3.FilterStateValue) *listenerv3.Filter {
+	return filter("state", &setstatev3.Config{OnNewConnection: values})
+}
+
+// stateValue sets one filter state object from a format string. An empty
+// factory means the one that Envoy registers under the key itself.
+func stateValue(key, format, factory string, shared sfsv3.FilterStateValue_SharedWithUpstream) *sfsv3.FilterStateValue {
+	return &sfsv3.FilterStateValue{
+		Key:                &sfsv3.FilterStateValue_ObjectKey{ObjectKey: key},
+		FactoryKey:         factory,
+		Value:              &sfsv3.FilterStateValue_FormatString{FormatString: textFormat(format)},
+		SharedWithUpstream: shared,
+	}
+}
+
+func textFormat(s string) *corev3.SubstitutionFormatString {
+	return &corev3.SubstitutionFormatString{
+		Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: &corev3.DataSource{
+			Specifier: &corev3.DataSource_InlineString{InlineString: s},
+		}},
+	}
+}

@@ -1,0 +1,222 @@
+package xds
+
+import (
+	"fmt"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	lasv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/local_address_selectors/filter_state_override/v3"
+	mapperv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/cert_mappers/filter_state_override/v3"
+	selectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/cert_selectors/on_demand_secret/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// Flow control windows of a tunnel. What comes back from servers may be large
+// and its reader slow, and a server that closes while data waits for a window
+// loses that data in this version of Envoy: hence the wide window in that
+// direction, and the narrow one, which is also the mark at which the proxy
+// stops reading from the application, in the other. See docs/decisions.md.
+const (
+	streamWindow     = 8 << 20   // per connection, towards the caller
+	connectionWindow = 256 << 20 // per tunnel, towards the caller
+	inboundWindow    = 128 << 10 // per connection, towards the server
+	inboundTunnel    = 16 << 20  // per tunnel, towards the server
+	// tunnelStreams bounds the connections that share one tunnel, and so
+	// what one broken tunnel can take with it.
+	tunnelStreams = 100
+)
+
+// sharedClusters adds the four clusters that every node has.
+func (b *builder) sharedClusters() {
+	b.add(clusterTunnel, b.tunnelCluster())
+	b.add(clusterLocal, &clusterv3.Cluster{
+		Name: clusterLocal,
+		// Read from the application one chunk at a time, so that its end of
+		// data is noticed after the chunks before it and not with them; see
+		// docs/decisions.md, "Servers that close first".
+		PerConnectionBufferLimitBytes: u32(1),
+		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+		LbPolicy:                      clusterv3.Cluster_CLUSTER_PROVIDED,
+		ConnectTimeout:                seconds(5),
+		UpstreamBindConfig:            insideNamespace(),
+		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
+			UseHttpHeader:  true,
+			HttpHeaderName: ":authority",
+		}},
+	})
+	b.add(clusterPlain, &clusterv3.Cluster{
+		Name:                 clusterPlain,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
+		ConnectTimeout:       seconds(5),
+		UpstreamBindConfig:   insideNamespace(),
+	})
+	b.add(clusterRefuse, &clusterv3.Cluster{
+		Name:                 clusterRefuse,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+	})
+}
+
+// tunnelCluster is the one cluster through which all mTLS tunnels leave. Three
+// things vary per connection, and arrive as filter state: the address to dial,
+// the identity that the peer must prove, and the certificate to present.
+func (b *builder) tunnelCluster() *clusterv3.Cluster {
+	return &clusterv3.Cluster{
+		Name:                 clusterTunnel,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
+		ConnectTimeout:       seconds(5),
+		// How long a destination that nobody uses keeps its pooled tunnels.
+		CleanupInterval:    seconds(60),
+		UpstreamBindConfig: insideNamespace(),
+		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
+			UpstreamPortOverride: u32(mesh.PortTunnel),
+		}},
+		TypedExtensionProtocolOptions: map[string]*anypb.Any{
+			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
+				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
+							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
+								MaxConcurrentStreams:        u32(tunnelStreams),
+								InitialStreamWindowSize:     u32(streamWindow),
+								InitialConnectionWindowSize: u32(connectionWindow),
+							},
+						},
+					},
+				},
+			}),
+		},
+		TransportSocket: &corev3.TransportSocket{
+			Name: "tls",
+			ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.UpstreamTlsContext{
+				CommonTlsContext: &tlsv3.CommonTlsContext{
+					TlsParams:     tlsParams(),
+					AlpnProtocols: []string{"h2"},
+					CustomTlsCertificateSelector: &corev3.TypedExtensionConfig{
+						Name: "on-demand",
+						TypedConfig: packed(&selectorv3.Config{
+							ConfigSource: ads(),
+							CertificateMapper: &corev3.TypedExtensionConfig{
+								Name:        "identity",
+								TypedConfig: packed(&mapperv3.Config{DefaultValue: "none"}),
+							},
+						}),
+					},
+					ValidationContextType: b.validation(),
+				},
+				MaxSessionKeys: u32(0), // no resumption: every tunnel proves its identity anew
+			})},
+		},
+	}
+}
+
+// tlsParams: TLS 1.3 only. The maximum must be named, or Envoy takes 1.2 for
+// clients and fails every handshake. The hybrid post-quantum group is preferred.
+func tlsParams() *tlsv3.TlsParameters {
+	return &tlsv3.TlsParameters{
+		TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+		TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+		EcdhCurves:                []string{"X25519MLKEM768", "X25519"},
+	}
+}
+
+// validation accepts peers of the trust domain whose chain ends in its bundle.
+// Which of them may do what is decided elsewhere.
+func (b *builder) validation() *tlsv3.CommonTlsContext_CombinedValidationContext {
+	return &tlsv3.CommonTlsContext_CombinedValidationContext{
+		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+			DefaultValidationContext: &tlsv3.CertificateValidationContext{
+				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
+					SanType: tlsv3.SubjectAltNameMatcher_URI,
+					Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Prefix{
+						Prefix: b.view.State.TrustDomain.IDString() + "/",
+					}},
+				}},
+			},
+			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: BundleSecret, SdsConfig: ads()},
+		},
+	}
+}
+
+// insideNamespace makes a cluster's sockets inside the network namespace that
+// filter state names, marked so that the capture rules leave them alone.
+func insideNamespace() *corev3.BindConfig {
+	return &corev3.BindConfig{
+		SourceAddress: &corev3.SocketAddress{
+			Address:       "0.0.0.0",
+			PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 0},
+		},
+		SocketOptions: []*corev3.SocketOption{
+			{
+				// The kernel picks the source port at connect, when it knows
+				// the destination, so ports are shared between destinations.
+				Description: "IP_BIND_ADDRESS_NO_PORT",
+				Level:       0, Name: 24,
+				Value: &corev3.SocketOption_IntValue{IntValue: 1},
+				State: corev3.SocketOption_STATE_PREBIND,
+			},
+			{
+				Description: "SO_MARK",
+				Level:       1, Name: 36,
+				Value: &corev3.SocketOption_IntValue{IntValue: mesh.SocketMark},
+				State: corev3.SocketOption_STATE_PREBIND,
+			},
+		},
+		LocalAddressSelector: &corev3.TypedExtensionConfig{
+			Name:        "envoy.upstream.local_address_selector.filter_state_override",
+			TypedConfig: packed(&lasv3.Config{}),
+		},
+	}
+}
+
+// tunnelListener is the internal listener that every meshed connection passes:
+// the endpoint's metadata becomes the tunnel's address, expected peer and
+// CONNECT authority.
+func (b *builder) tunnelListener() {
+	const once = sfsv3.FilterStateValue_ONCE
+	b.add(listenerTunnel, &listenerv3.Listener{
+		Name:              listenerTunnel,
+		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
+		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
+			setState(
+				stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaTunnel), "", once),
+				stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
+			),
+			filter("tcp", &tcpv3.TcpProxy{
+				StatPrefix:       "tunnel",
+				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: clusterTunnel},
+				IdleTimeout:      seconds(0), // the application decides how long it may idle
+				AccessLog:        b.accessLog(LineTunnel),
+				AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
+				TunnelingConfig: &tcpv3.TcpProxy_TunnelingConfig{
+					Hostname:                 endpointMeta(metaAuthority),
+					PropagateResponseHeaders: true,
+				},
+			}),
+		}}},
+	})
+}
+
+// Keys of an endpoint's metadata.
+const (
+	metaTunnel    = "tunnel"    // address of the tunnel's listener
+	metaAuthority = "authority" // the application's address
+	metaIdentity  = "identity"  // the SPIFFE ID that the endpoint must prove
+	metaWorkload  = "workload"  // namespace/name
+)
+
+func endpointMeta(key string) string {
+	return fmt.Sprintf("%%DYNAMIC_METADATA(%s:%s)%%", metadataKey, key)
+}
+
+func boolValue(b bool) *wrapperspb.BoolValue { return wrapperspb.Bool(b) }
