@@ -25,6 +25,7 @@ type Relay struct {
 	secrets  map[string]xds.Resource // guarded by mu; replaced whole
 	merged   xds.Set                 // guarded by mu; upstream and secrets
 	onDemand map[string]answer       // guarded by mu; clusters asked for by name
+	present  map[string]uint64       // guarded by mu; network namespaces that exist
 	changed  chan struct{}           // guarded by mu
 	asked    chan struct{}           // signals that onDemand has new names
 	proxy    proxyState              // guarded by mu
@@ -166,6 +167,7 @@ func (r *Relay) publish() {
 		m := xds.Set{}
 		maps.Copy(m, r.upstream)
 		m[xds.TypeSecret] = r.secrets
+		m[xds.TypeListener] = r.placed(r.upstream[xds.TypeListener])
 		r.merged = m
 	}
 	close(r.changed)

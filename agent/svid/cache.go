@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"time"
 
@@ -33,7 +34,7 @@ type cache struct {
 
 const (
 	bundleFile   = "bundle.json"
-	tempPattern  = ".svid-*"
+	tempPrefix   = ".svid-"
 	maxCacheFile = 1 << 20
 )
 
@@ -68,10 +69,17 @@ func openCache(dir string, log *slog.Logger) *cache {
 // removeLeftovers removes what interrupted writes left behind: they may hold
 // keys.
 func (c *cache) removeLeftovers() {
-	names, _ := filepath.Glob(filepath.Join(c.dir, tempPattern)) // fails on a bad pattern only
-	for _, name := range names {
-		if err := os.Remove(name); err != nil {
-			c.log.Error("the rest of an interrupted write could not be removed", "file", name, "error", err)
+	entries, err := os.ReadDir(c.dir)
+	if err != nil {
+		c.log.Error("the certificate cache cannot be listed", "error", err)
+		return
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), tempPrefix) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(c.dir, e.Name())); err != nil {
+			c.log.Error("the rest of an interrupted write could not be removed", "file", e.Name(), "error", err)
 		}
 	}
 }
@@ -285,7 +293,7 @@ func (c *cache) writeJSON(name string, v any) error {
 // write replaces a file whole: after a crash it holds the old content or the
 // new.
 func (c *cache) write(name string, raw []byte) error {
-	f, err := os.CreateTemp(c.dir, tempPattern) // mode 0600
+	f, err := os.CreateTemp(c.dir, tempPrefix+"*") // mode 0600
 	if err != nil {
 		return err
 	}

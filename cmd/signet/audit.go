@@ -213,7 +213,7 @@ func (d *verifyDoc) Text(t *output.Text) {
 		t.Line("         fix: keep a copy of the store as evidence; restore a backup, or move it away and restart the agent")
 		return
 	}
-	t.Line(output.S(output.Good, "intact"), ": ", plural(int(d.Batches), "batch", "batches"), ", ", plural(int(d.AuditVerification.Records), "record", "records"), ", each linked to the one before")
+	t.Line(output.S(output.Good, "intact"), ": ", plural(int(d.Batches), "batch", "batches"), ", ", plural(int(d.Records), "record", "records"), ", each linked to the one before")
 }
 
 func (a *app) newAuditVerifyCommand() *cobra.Command {
@@ -243,8 +243,8 @@ Exit code 3 when it is not.`,
 
 // stopped makes an interrupt by the user the ordinary end of a stream.
 func stopped(ctx context.Context, err error) error {
-	if err == nil || errors.Is(err, context.Canceled) && ctx.Err() != nil {
-		return nil
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = nil
 	}
 	return err
 }

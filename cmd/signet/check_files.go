@@ -125,8 +125,10 @@ func openKeys(dir string) (open []string, err error) {
 			return err
 		}
 		info, err := d.Info()
-		if err != nil {
-			return nil // gone since
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
 		}
 		above := closed[filepath.Dir(path)]
 		if d.IsDir() {

@@ -145,9 +145,9 @@ type AuditQuery struct {
 	// From and To name the ends: a SPIFFE ID, "namespace/service-account",
 	// or "namespace/" for all of a namespace.
 	From, To string
-	Verdict audit.Verdict
-	Side    audit.Side
-	Limit   int // the newest so many
+	Verdict  audit.Verdict
+	Side     audit.Side
+	Limit    int // the newest so many
 }
 
 // Audit asks the agent for records. The sequence ends after its first error.

@@ -9,12 +9,12 @@ import (
 
 // lineReader reads lines of bounded length that each end in a line break.
 type lineReader struct {
-	r   *bufio.Reader
-	max int
+	r       *bufio.Reader
+	longest int
 }
 
-func newLineReader(r io.Reader, max int) *lineReader {
-	return &lineReader{r: bufio.NewReader(r), max: max}
+func newLineReader(r io.Reader, longest int) *lineReader {
+	return &lineReader{r: bufio.NewReader(r), longest: longest}
 }
 
 // next returns a line without its end, valid for the caller to keep; io.EOF
@@ -24,8 +24,8 @@ func (l *lineReader) next() ([]byte, error) {
 	for {
 		part, err := l.r.ReadSlice('\n')
 		line = append(line, part...)
-		if len(line) > l.max {
-			return nil, fmt.Errorf("a line is longer than %d bytes", l.max)
+		if len(line) > l.longest {
+			return nil, fmt.Errorf("a line is longer than %d bytes", l.longest)
 		}
 		switch {
 		case err == nil:

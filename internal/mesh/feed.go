@@ -3,6 +3,8 @@ package mesh
 import (
 	"sync"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-mesh/signet/authz"
 )
 
@@ -43,4 +45,15 @@ func (f *Feed) Get() (*View, <-chan struct{}) {
 		f.changed = make(chan struct{})
 	}
 	return f.view, f.changed
+}
+
+// Target returns what policies protect behind an identity: the namespace and
+// service account of the workloads that have it.
+func (v *View) Target(id spiffeid.ID) (authz.Target, bool) {
+	for i := range v.State.Workloads {
+		if w := &v.State.Workloads[i]; w.ID == id {
+			return authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}, true
+		}
+	}
+	return authz.Target{}, false
 }

@@ -1,0 +1,276 @@
+// Package accesslog reads the lines that the node proxy writes about
+// connections and turns them into audit events. The lines' fields are defined
+// in package xds.
+package accesslog
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/xds"
+)
+
+// line is one access log line; which fields are set depends on its kind.
+type line struct {
+	Kind     string `json:"kind"`
+	Type     string `json:"type"`
+	ID       string `json:"id"`
+	Start    string `json:"start"` // seconds since the epoch, with microseconds
+	MS       int64  `json:"ms"`
+	Flags    string `json:"flags"`
+	Sent     uint64 `json:"sent"`
+	Received uint64 `json:"received"`
+
+	Workload  string `json:"workload"`
+	Mode      string `json:"mode"`
+	Src       string `json:"src"`
+	Dst       string `json:"dst"`
+	Upstream  string `json:"upstream"`
+	Conn      string `json:"conn"`
+	Self      string `json:"self"`
+	Client    string `json:"client"`
+	Peer      string `json:"peer"`
+	Want      string `json:"want"`
+	Endpoint  string `json:"endpoint"`
+	Authority string `json:"authority"`
+	Local     string `json:"local"`
+	Serial    string `json:"serial"`
+	Code      int    `json:"code"`
+	Details   string `json:"details"`
+	Failure   string `json:"failure"`
+	Policy    string `json:"policy"`
+	Shadow    string `json:"shadow"`
+	Shadowed  string `json:"shadowed"`
+	Revision  string `json:"revision"`
+	Deny      string `json:"deny"`
+	TLS       string `json:"tls"`
+	Cipher    string `json:"cipher"`
+	Group     string `json:"group"`
+
+	Responded struct {
+		Headers []struct {
+			Key   string `json:"key"`
+			Value string `json:"value"`
+		} `json:"headers"`
+	} `json:"responded"`
+}
+
+// Decode reads one line. It reports false for a line that carries no record of
+// its own, because another line describes the same connection.
+func Decode(b []byte) (audit.Event, bool, error) {
+	var l line
+	if err := json.Unmarshal(b, &l); err != nil {
+		return audit.Event{}, false, fmt.Errorf("access log: %w", err)
+	}
+	start, err := parseTime(l.Start)
+	if err != nil {
+		return audit.Event{}, false, fmt.Errorf("access log: start: %w", err)
+	}
+	e := audit.Event{Record: audit.Record{
+		ID: l.ID, Start: start, BytesSent: l.Sent, BytesReceived: l.Received,
+	}}
+	switch l.Kind {
+	case xds.LineInbound:
+		inbound(&l, &e)
+	case xds.LineTunnel:
+		if err := tunnel(&l, &e); err != nil {
+			return audit.Event{}, false, err
+		}
+	case xds.LineOutbound:
+		if strings.HasPrefix(l.Upstream, "envoy://") {
+			return audit.Event{}, false, nil // the tunnel's line is the record
+		}
+		outbound(&l, &e)
+	case xds.LinePlain:
+		plain(&l, &e)
+	case xds.LineHandshake:
+		if l.Failure == "" {
+			return audit.Event{}, false, nil // the streams in it are the records
+		}
+		handshake(&l, &e)
+	default:
+		return audit.Event{}, false, fmt.Errorf("access log: unknown kind %q", l.Kind)
+	}
+	if e.Record.ID == "" {
+		return audit.Event{}, false, fmt.Errorf("access log: a %s line without an id", l.Kind)
+	}
+	if e.Final {
+		e.Record.End = start.Add(time.Duration(l.MS) * time.Millisecond)
+	}
+	if e.Record.Verdict == audit.Denied {
+		// What was counted is the refusal itself; the application saw nothing.
+		e.Record.BytesSent, e.Record.BytesReceived = 0, 0
+	}
+	return e, true, nil
+}
+
+// inbound is a CONNECT stream at the destination.
+func inbound(l *line, e *audit.Event) {
+	r := &e.Record
+	e.Final = l.Type == "DownstreamEnd"
+	r.Side, r.Transport = audit.Destination, "mtls"
+	r.Source = audit.Party{ID: l.Peer, Address: l.Src, Serial: l.Serial}
+	r.Destination = audit.Party{ID: l.Self, Workload: l.Workload, Address: l.Authority, Via: l.Local}
+	r.TLS = negotiated(l)
+	r.Revision = l.Revision
+	switch {
+	case l.Code == 403:
+		r.Verdict, r.Reason = audit.Denied, l.Deny
+		if r.Reason == "" {
+			r.Reason = "default deny: no policy is in force yet"
+		}
+	case l.Code != 200:
+		r.Verdict, r.Reason = audit.Failed, "the application could not be reached: "+words(l.Details, l.Flags)
+	case l.Shadow == "denied":
+		r.Verdict, r.Reason = audit.Observed, l.Deny
+	case l.Shadow == "allowed":
+		r.Verdict, r.Policy, r.Reason = audit.Allowed, l.Shadowed, authz.Allowed(l.Shadowed)
+	default:
+		r.Verdict, r.Policy, r.Reason = audit.Allowed, l.Policy, authz.Allowed(l.Policy)
+	}
+	if e.Final && r.Verdict != audit.Denied {
+		r.Ended = flags(l.Flags)
+	}
+}
+
+// tunnel is a connection that left, or should have left, through a tunnel.
+func tunnel(l *line, e *audit.Event) error {
+	conn := strings.Fields(l.Conn)
+	if len(conn) != 3 {
+		return fmt.Errorf("access log: conn %q: want workload, source and destination", l.Conn)
+	}
+	r := &e.Record
+	e.Final = l.Type == "TcpConnectionEnd"
+	r.Side, r.Transport = audit.Source, "mtls"
+	r.Source = audit.Party{ID: l.Client, Workload: conn[0], Address: conn[1]}
+	r.Destination = audit.Party{ID: l.Peer, Workload: l.Workload, Address: conn[2], Via: l.Endpoint}
+	r.TLS = negotiated(l)
+	header := map[string]string{}
+	for _, h := range l.Responded.Headers {
+		header[h.Key] = h.Value
+	}
+	r.Revision = header[xds.HeaderRevision]
+	switch {
+	case header[":status"] == "403":
+		r.Verdict, r.Reason = audit.Denied, header[xds.HeaderReason]
+		// The peer proved its identity before it refused, or the handshake
+		// would not have ended.
+		r.Destination.ID = l.Want
+		if r.Reason == "" {
+			r.Reason = "refused by the destination"
+		}
+	case header[":status"] == "200":
+		r.Verdict, r.Policy = audit.Allowed, header[xds.HeaderPolicy]
+		r.Reason = authz.Allowed(r.Policy)
+		if header[xds.HeaderShadow] == "denied" {
+			r.Verdict, r.Policy, r.Reason = audit.Observed, "", "allowed by observe mode; enforce would deny"
+		} else if r.Policy == "" {
+			r.Reason = "accepted by the destination"
+		}
+	case e.Final:
+		r.Verdict = audit.Failed
+		if strings.Contains(l.Failure, "TLS") || strings.Contains(l.Failure, "CERTIFICATE") {
+			r.Reason = "the peer did not prove that it is " + l.Want + ": " + l.Failure
+		} else {
+			r.Reason = "the destination could not be reached: " + words(l.Failure, l.Flags)
+		}
+	default:
+		r.Verdict, r.Reason = audit.Allowed, "accepted by the destination"
+	}
+	if e.Final && r.Verdict != audit.Denied {
+		r.Ended = flags(l.Flags)
+	}
+	return nil
+}
+
+// outbound is a connection that did not go into a tunnel.
+func outbound(l *line, e *audit.Event) {
+	r := &e.Record
+	e.Final = true
+	r.Side, r.Transport = audit.Source, "plaintext"
+	r.Source = audit.Party{ID: l.Self, Workload: l.Workload, Address: l.Src}
+	r.Destination = audit.Party{Address: l.Dst, Via: l.Upstream}
+	switch {
+	case strings.Contains(l.Flags, "NC"):
+		r.Verdict, r.Reason = audit.Denied, "no such destination in the mesh"
+	case l.Upstream == "":
+		r.Verdict, r.Reason = audit.Failed, "the destination has no endpoint: "+words(l.Failure, l.Flags)
+	case strings.Contains(l.Flags, "UF"):
+		r.Verdict, r.Reason = audit.Failed, "the destination could not be reached: "+words(l.Failure, l.Flags)
+	default:
+		r.Verdict, r.Reason = audit.Allowed, "the destination is outside the mesh"
+		r.Ended = flags(l.Flags)
+	}
+}
+
+// plain is a connection that reached a workload without a tunnel.
+func plain(l *line, e *audit.Event) {
+	r := &e.Record
+	e.Final = true
+	r.Side, r.Transport = audit.Destination, "plaintext"
+	r.Source = audit.Party{Address: l.Src}
+	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst, Via: l.Local}
+	if l.Mode == "observe" {
+		r.Verdict, r.Reason = audit.Observed, "plaintext: the caller proved no identity"
+		r.Ended = flags(l.Flags)
+		return
+	}
+	r.Verdict, r.Reason = audit.Denied, "plaintext: "+l.Workload+" takes only connections whose caller proves an identity"
+}
+
+// handshake is a connection to the tunnel port that did not become a tunnel.
+func handshake(l *line, e *audit.Event) {
+	r := &e.Record
+	e.Final = true
+	if r.ID == "" {
+		// Envoy gives raw connections no stream id.
+		r.ID = fmt.Sprintf("handshake-%s-%s", l.Src, l.Start)
+	}
+	r.Side, r.Transport = audit.Destination, "mtls"
+	r.Source = audit.Party{ID: l.Peer, Address: l.Src}
+	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst}
+	r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: "+l.Failure
+}
+
+func negotiated(l *line) *audit.TLS {
+	if l.TLS == "" {
+		return nil
+	}
+	return &audit.TLS{Version: l.TLS, Cipher: l.Cipher, Group: l.Group}
+}
+
+func flags(f string) string {
+	if f == "-" {
+		return ""
+	}
+	return f
+}
+
+func words(text, f string) string {
+	switch {
+	case text == "":
+		return flags(f)
+	case flags(f) == "":
+		return text
+	}
+	return text + " (" + f + ")"
+}
+
+func parseTime(s string) (time.Time, error) {
+	sec, frac, ok := strings.Cut(s, ".")
+	n, err := strconv.ParseInt(sec, 10, 64)
+	if err != nil || !ok || len(frac) != 6 || n < 0 || n > math.MaxInt32*4 {
+		return time.Time{}, fmt.Errorf("%q is not seconds and microseconds", s)
+	}
+	micro, err := strconv.ParseInt(frac, 10, 64)
+	if err != nil || micro < 0 {
+		return time.Time{}, fmt.Errorf("%q is not seconds and microseconds", s)
+	}
+	return time.Unix(n, micro*1000).UTC(), nil
+}

@@ -1,0 +1,174 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/internal/adminserver"
+)
+
+// serveAdmin answers the operator until ctx ends.
+func (a *agent) serveAdmin(ctx context.Context, l net.Listener) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, a.status(), nil) })
+	mux.HandleFunc("GET /v1/certificates", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, a.certificates(), nil) })
+	mux.HandleFunc("GET /v1/audit", a.queryAudit)
+	mux.HandleFunc("GET /v1/audit/verify", func(w http.ResponseWriter, r *http.Request) {
+		v, err := a.store.Verify(r.Context())
+		adminserver.Answer(w, v, err)
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics(), promhttp.HandlerOpts{}))
+	return adminserver.Serve(ctx, l, mux)
+}
+
+func (a *agent) status() adminv1.AgentStatus {
+	a.mu.Lock()
+	s := a.state
+	a.mu.Unlock()
+	connected, current, _ := a.relay.Proxy()
+	out := adminv1.AgentStatus{
+		Node: a.cfg.Node, ControlConnected: a.connected.Load(), ProxyConnected: connected,
+		Workloads: []adminv1.WorkloadStatus{}, Audit: a.store.Stats(),
+	}
+	if s == nil {
+		return out
+	}
+	if current && a.relay.Version() == s.xdsVersion {
+		out.Revision = s.revision
+	}
+	a.rules.mu.Lock()
+	defer a.rules.mu.Unlock()
+	for i := range s.workloads {
+		w := &s.workloads[i]
+		ws := adminv1.WorkloadStatus{
+			Workload: w.Key(), ID: w.ID.String(), Mode: s.modes[w.Namespace].String(), Connections: a.live.count(w.Key()),
+		}
+		if w.Capture != nil {
+			problem, looked := a.rules.seen[w.Key()]
+			switch {
+			case !looked:
+				ws.Problem = "not looked at yet"
+			case problem != "":
+				ws.Problem = problem
+			default:
+				ws.Captured = true
+			}
+		}
+		out.Workloads = append(out.Workloads, ws)
+	}
+	return out
+}
+
+func (a *agent) certificates() []adminv1.Certificate {
+	out := a.svids.Status()
+	if c, ok := a.node.status(); ok {
+		out = append([]adminv1.Certificate{c}, out...)
+	}
+	return out
+}
+
+// queryAudit streams records as newline-delimited JSON, oldest first.
+func (a *agent) queryAudit(w http.ResponseWriter, r *http.Request) {
+	f, err := auditFilter(r)
+	if err != nil {
+		adminserver.Answer(w, nil, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	enc := json.NewEncoder(w)
+	if err := a.tailer.Sync(r.Context()); err != nil { // what has happened is in the answer
+		adminserver.Answer(w, nil, err)
+		return
+	}
+	if err := a.store.Query(r.Context(), f, func(rec audit.Record) error { return enc.Encode(rec) }); err != nil {
+		a.log.Error("audit query", "error", err)
+		// The status is out; a line that is no record tells the client.
+		_ = enc.Encode(map[string]string{"error": err.Error()})
+	}
+}
+
+func auditFilter(r *http.Request) (audit.Filter, error) {
+	q := r.URL.Query()
+	f := audit.Filter{From: q.Get("from"), To: q.Get("to"), Side: audit.Side(q.Get("side")), ID: q.Get("id")}
+	for name, at := range map[string]*time.Time{"since": &f.Since, "until": &f.Until} {
+		if s := q.Get(name); s != "" {
+			t, err := time.Parse(time.RFC3339Nano, s)
+			if err != nil {
+				return f, fmt.Errorf("%s: %q is not a time like 2006-01-02T15:04:05Z", name, s)
+			}
+			*at = t
+		}
+	}
+	if s := q.Get("limit"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 0 {
+			return f, fmt.Errorf("limit: %q is not a number from 0", s)
+		}
+		f.Limit = n
+	}
+	for _, list := range q["verdict"] {
+		for _, v := range strings.Split(list, ",") {
+			if v == "" {
+				continue
+			}
+			verdict := audit.Verdict(v)
+			if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed}, verdict) {
+				return f, fmt.Errorf("verdict: %q is none of allowed, denied, observed, failed", v)
+			}
+			f.Verdicts = append(f.Verdicts, verdict)
+		}
+	}
+	if f.Side != "" && f.Side != audit.Source && f.Side != audit.Destination {
+		return f, fmt.Errorf("side: %q is neither source nor destination", f.Side)
+	}
+	return f, nil
+}
+
+// metrics describes the node at the instant it is asked.
+func (a *agent) metrics() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	gauge := func(name, help string, f func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
+	}
+	truth := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	gauge("signet_agent_control_connected", "1 while the control plane's stream is open.", func() float64 { return truth(a.connected.Load()) })
+	gauge("signet_agent_proxy_connected", "1 while the proxy's stream is open.", func() float64 { c, _, _ := a.relay.Proxy(); return truth(c) })
+	gauge("signet_audit_records", "Records in the audit store.", func() float64 { return float64(a.store.Stats().Records) })
+	gauge("signet_audit_lost", "Records known to be missing.", func() float64 { return float64(a.store.Stats().Gaps) })
+	gauge("signet_workloads_not_captured", "Workloads that ask for capture and are not captured.", func() float64 {
+		n := 0
+		for _, w := range a.status().Workloads {
+			if w.Problem != "" {
+				n++
+			}
+		}
+		return float64(n)
+	})
+	gauge("signet_svid_not_after_timestamp_seconds", "The earliest end of a certificate on this node.", func() float64 {
+		var first time.Time
+		for _, c := range a.certificates() {
+			if first.IsZero() || !c.NotAfter.IsZero() && c.NotAfter.Before(first) {
+				first = c.NotAfter
+			}
+		}
+		return float64(first.Unix())
+	})
+	return r
+}

@@ -1,0 +1,140 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// live knows the open inbound connections and ends those that the newest
+// policies no longer allow. A connection that was admitted under an older
+// state is looked at when it is first heard of, so none slips between an edit
+// and its own first audit line.
+type live struct {
+	log     *slog.Logger
+	destroy func(netns string, local, remote netip.AddrPort) error
+
+	mu      sync.Mutex
+	state   *nodeState          // guarded by mu
+	conns   map[string]liveConn // guarded by mu; by record id
+	revoked map[string]string   // guarded by mu; record id -> reason, until it ended
+}
+
+// liveConn is one connection at its destination.
+type liveConn struct {
+	from     spiffeid.ID
+	workload string // namespace/name of the destination
+	local    netip.AddrPort
+	remote   netip.AddrPort // the application; its port is what policies name
+}
+
+func newLive(log *slog.Logger) *live {
+	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, revoked: map[string]string{}}
+}
+
+// load takes up the connections that were open when the agent last ran.
+func (l *live) load(ctx context.Context, store *audit.Store) error {
+	open := true
+	return store.Query(ctx, audit.Filter{Open: &open, Side: audit.Destination}, func(r audit.Record) error {
+		e := audit.Event{Record: r}
+		l.see(&e)
+		return nil
+	})
+}
+
+// see takes an event before it is stored, and says in it when the connection
+// was ended from here.
+func (l *live) see(e *audit.Event) {
+	r := &e.Record
+	if r.Side != audit.Destination || r.Transport != "mtls" {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e.Final {
+		delete(l.conns, r.ID)
+		if why, ok := l.revoked[r.ID]; ok {
+			delete(l.revoked, r.ID)
+			r.Ended = "revoked"
+			r.Reason += "; revoked: " + why
+		}
+		return
+	}
+	local, err1 := netip.ParseAddrPort(r.Destination.Via)
+	remote, err2 := netip.ParseAddrPort(r.Destination.Address)
+	from, err3 := spiffeid.FromString(r.Source.ID)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
+		return
+	}
+	l.conns[r.ID] = liveConn{from: from, workload: r.Destination.Workload, local: local, remote: remote}
+	l.judge(r.ID)
+}
+
+// update puts a new state into force and judges every open connection by it.
+func (l *live) update(s *nodeState) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.state = s
+	for id := range l.conns {
+		l.judge(id)
+	}
+}
+
+// judge ends a connection that is not allowed. mu is held.
+func (l *live) judge(id string) {
+	if l.state == nil {
+		return
+	}
+	c := l.conns[id]
+	w := l.state.workload(c.workload)
+	if w == nil || w.Capture == nil || l.state.modes[w.Namespace] != mesh.ModeEnforce {
+		return // gone, or observed: nothing is enforced
+	}
+	d := l.state.model.Decide(authz.Request{
+		From:   c.from,
+		Target: authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
+		Port:   c.remote.Port(),
+	})
+	if d.Verdict == authz.Allow {
+		return
+	}
+	delete(l.conns, id)
+	switch err := l.destroy(w.Capture.NetNS, c.local, c.remote); {
+	case err == nil:
+		l.revoked[id] = d.Reason
+		l.log.Info("connection revoked", "from", c.from, "to", c.workload, "port", c.remote.Port(), "reason", d.Reason)
+	case !errors.Is(err, capture.ErrNotFound): // not found: it ended by itself
+		l.log.Error("a connection that is no longer allowed could not be ended", "from", c.from, "to", c.workload, "error", err)
+	}
+}
+
+// forget drops what a dead proxy had open.
+func (l *live) forget() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	clear(l.conns)
+	clear(l.revoked)
+}
+
+// count returns the open connections of a workload.
+func (l *live) count(workload string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := 0
+	for _, c := range l.conns {
+		if c.workload == workload {
+			n++
+		}
+	}
+	return n
+}

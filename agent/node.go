@@ -1,0 +1,258 @@
+package agent
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/ca/caserver"
+)
+
+// nodeIdentity is the agent's own certificate: joined once with a token, then
+// renewed with itself.
+type nodeIdentity struct {
+	dir    string // keeps node.pem, 0600
+	bundle *x509bundle.Bundle
+	target string
+	token  string // file with a join token
+	log    *slog.Logger
+
+	mu        sync.Mutex
+	cert      *tls.Certificate // guarded by mu; Leaf is set; replaced whole
+	lastError string           // guarded by mu; why the latest renewal failed
+}
+
+// openNode loads the identity that an earlier run left, if it is still valid,
+// and the roots: those the earlier run knew, or else the bootstrap file's.
+func openNode(cfg Config) (*nodeIdentity, error) {
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("trust domain: %w", err)
+	}
+	n := &nodeIdentity{dir: cfg.StateDir, target: cfg.Control, token: cfg.JoinToken, log: cfg.Log}
+	n.bundle, err = x509bundle.Load(td, n.bundleFile())
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(n.bundle.X509Authorities()) == 0 {
+		n.bundle, err = x509bundle.Load(td, cfg.Bundle)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("trust bundle: %w", err)
+	}
+	if cert, err := tls.LoadX509KeyPair(n.file(), n.file()); err == nil && time.Now().Before(cert.Leaf.NotAfter) {
+		n.cert = &cert
+	}
+	return n, nil
+}
+
+func (n *nodeIdentity) file() string       { return filepath.Join(n.dir, "node.pem") }
+func (n *nodeIdentity) bundleFile() string { return filepath.Join(n.dir, "bundle.pem") }
+
+// certificate returns the current certificate for a handshake.
+func (n *nodeIdentity) certificate() (*tls.Certificate, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cert == nil {
+		return nil, errors.New("this node has not joined yet")
+	}
+	return n.cert, nil
+}
+
+// dial connects to the control plane, with the node's certificate or, to
+// join, without.
+func (n *nodeIdentity) dial(joined bool) (*grpc.ClientConn, error) {
+	cfg := caserver.ClientConfig{TrustDomain: n.bundle.TrustDomain(), Bundle: n.bundle}
+	if joined {
+		cfg.Certificate = n.certificate
+	}
+	tlsConfig, err := caserver.ClientTLS(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return grpc.NewClient(n.target,
+		grpc.WithTransportCredentials(credentials.NewTLS(tlsConfig)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+}
+
+// join gets the first certificate. It tries until ctx ends: the control plane
+// may start later than the node.
+func (n *nodeIdentity) join(ctx context.Context) error {
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
+		if _, err := n.certificate(); err == nil {
+			return nil
+		}
+		err := n.tryJoin(ctx)
+		if err == nil {
+			return nil
+		}
+		n.log.Warn("joining the mesh", "error", err, "retry", wait)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (n *nodeIdentity) tryJoin(ctx context.Context) error {
+	token, err := os.ReadFile(n.token)
+	if err != nil {
+		return fmt.Errorf("join token: %w", err)
+	}
+	conn, err := n.dial(false)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return n.obtain(ctx, func(ctx context.Context, csr []byte) (*nodev1.NodeSVID, error) {
+		return nodev1.NewNodeClient(conn).Join(ctx, &nodev1.JoinRequest{Token: strings.TrimSpace(string(token)), Csr: csr})
+	})
+}
+
+// keep renews at half of the certificate's life until ctx ends. A failed
+// renewal keeps the certificate that is still valid.
+func (n *nodeIdentity) keep(ctx context.Context, client nodev1.NodeClient) {
+	for {
+		cert, err := n.certificate()
+		if err != nil {
+			return
+		}
+		leaf := cert.Leaf
+		wait := max(time.Until(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore)/2)), time.Second)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		err = n.obtain(ctx, func(ctx context.Context, csr []byte) (*nodev1.NodeSVID, error) {
+			return client.Renew(ctx, &nodev1.RenewRequest{Csr: csr})
+		})
+		n.mu.Lock()
+		n.lastError = ""
+		if err != nil {
+			n.lastError = err.Error()
+		}
+		n.mu.Unlock()
+		if err != nil {
+			n.log.Error("renewing the node's certificate; the present one stays", "error", err, "notAfter", leaf.NotAfter)
+		}
+	}
+}
+
+// obtain makes a key, has it certified, and takes the result once it is on disk.
+func (n *nodeIdentity) obtain(ctx context.Context, ask func(context.Context, []byte) (*nodev1.NodeSVID, error)) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	svid, err := ask(ctx, csr)
+	if err != nil {
+		return err
+	}
+	cert := &tls.Certificate{Certificate: svid.GetChain(), PrivateKey: key}
+	if len(cert.Certificate) == 0 {
+		return errors.New("the control plane answered without a certificate")
+	}
+	if cert.Leaf, err = x509.ParseCertificate(cert.Certificate[0]); err != nil {
+		return err
+	}
+	if pub, ok := cert.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(key.Public()) {
+		return errors.New("the control plane certified another key")
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	var text []byte
+	for _, c := range cert.Certificate {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c})...)
+	}
+	text = append(text, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})...)
+	if err := writeFile(n.file(), text); err != nil {
+		return err
+	}
+	if err := n.setBundle(svid.GetBundle()); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.cert = cert
+	return nil
+}
+
+// setBundle replaces the roots. An empty set is ignored: it would cut the
+// node off for good.
+func (n *nodeIdentity) setBundle(ders [][]byte) error {
+	var roots []*x509.Certificate
+	var text []byte
+	for _, der := range ders {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("trust bundle: %w", err)
+		}
+		roots = append(roots, c)
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	if len(roots) == 0 {
+		return nil
+	}
+	n.bundle.SetX509Authorities(roots)
+	return writeFile(n.bundleFile(), text)
+}
+
+// status describes the node's certificate.
+func (n *nodeIdentity) status() (adminv1.Certificate, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cert == nil {
+		return adminv1.Certificate{}, false
+	}
+	leaf := n.cert.Leaf
+	c := adminv1.Certificate{
+		Holder: "node", Serial: fmt.Sprintf("%x", leaf.SerialNumber.Bytes()),
+		NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter,
+		RenewAt: leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2),
+		Issuer:  fmt.Sprintf("%x", leaf.AuthorityKeyId), LastError: n.lastError,
+	}
+	if len(leaf.URIs) == 1 {
+		c.ID = leaf.URIs[0].String()
+	}
+	return c, true
+}
+
+// writeFile replaces a file, whole or not at all, readable by its owner only.
+func writeFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}

@@ -1,0 +1,213 @@
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// nodeState is the control plane's view of this node, parsed. Immutable.
+type nodeState struct {
+	revision    string
+	xdsVersion  string
+	trustDomain spiffeid.TrustDomain
+	bundle      []*x509.Certificate
+	ttl         time.Duration
+	workloads   []mesh.Workload
+	modes       map[string]mesh.Mode // by namespace
+	model       *authz.Model
+}
+
+// parseState checks everything that comes over the wire before any of it is used.
+func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
+	td, err := spiffeid.TrustDomainFromString(m.GetTrustDomain())
+	if err != nil {
+		return nil, err
+	}
+	s := &nodeState{
+		revision: m.GetRevision(), xdsVersion: m.GetXdsVersion(), trustDomain: td,
+		ttl: time.Duration(m.GetSvidTtlSeconds()) * time.Second, modes: map[string]mesh.Mode{},
+	}
+	for _, der := range m.GetBundle() {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("bundle: %w", err)
+		}
+		s.bundle = append(s.bundle, c)
+	}
+	for _, w := range m.GetWorkloads() {
+		parsed, mode, err := parseWorkload(w, node)
+		if err != nil {
+			return nil, fmt.Errorf("workload %s/%s: %w", w.GetNamespace(), w.GetName(), err)
+		}
+		s.workloads = append(s.workloads, parsed)
+		s.modes[parsed.Namespace] = mode
+	}
+	var policies []authz.Policy
+	for _, p := range m.GetPolicies() {
+		out := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount()}
+		for _, port := range p.GetPorts() {
+			out.Ports = append(out.Ports, uint16(port))
+		}
+		for _, f := range p.GetFrom() {
+			pattern, err := authz.ParsePattern(f)
+			if err != nil {
+				return nil, fmt.Errorf("policy %s: %w", out.Key(), err)
+			}
+			out.From = append(out.From, pattern)
+		}
+		policies = append(policies, out)
+	}
+	s.model = authz.NewModel(policies)
+	return s, nil
+}
+
+func parseWorkload(w *nodev1.Workload, node string) (mesh.Workload, mesh.Mode, error) {
+	out := mesh.Workload{
+		Namespace: w.GetNamespace(), Name: w.GetName(), ServiceAccount: w.GetServiceAccount(), Node: node,
+	}
+	mode, ok := mesh.ParseMode(w.GetMode())
+	if !ok || mode == mesh.ModeOff {
+		return out, 0, fmt.Errorf("mode %q", w.GetMode())
+	}
+	var err error
+	if out.ID, err = spiffeid.FromString(w.GetSpiffeId()); err != nil {
+		return out, 0, err
+	}
+	if a := w.GetAttest(); a != nil {
+		out.Attest = &mesh.Attest{UID: a.Uid, Path: a.GetPath(), SHA256: a.GetSha256(), SystemdUnit: a.GetSystemdUnit(), Cgroup: a.GetCgroup()}
+	}
+	if c := w.GetCapture(); c != nil {
+		out.Capture = &mesh.Capture{NetNS: c.GetNetns()}
+		for _, s := range c.GetAddresses() {
+			addr, err := netip.ParseAddr(s)
+			if err != nil {
+				return out, 0, err
+			}
+			out.Capture.Addrs = append(out.Capture.Addrs, addr)
+		}
+	}
+	return out, mode, nil
+}
+
+// workload returns the workload with the given key, or nil.
+func (s *nodeState) workload(key string) *mesh.Workload {
+	for i := range s.workloads {
+		if s.workloads[i].Key() == key {
+			return &s.workloads[i]
+		}
+	}
+	return nil
+}
+
+func (a *agent) stateFile() string { return filepath.Join(a.cfg.StateDir, "state.pb") }
+
+// loadState takes up the state that the last run worked with, so that a
+// restart does not depend on the control plane.
+func (a *agent) loadState() {
+	b, err := os.ReadFile(a.stateFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var m nodev1.NodeState
+	if err == nil {
+		err = proto.Unmarshal(b, &m)
+	}
+	if err == nil {
+		err = a.take(&m)
+	}
+	if err == nil {
+		// Should a workload have left meanwhile, its rules must go.
+		for i := range a.state.workloads {
+			if c := a.state.workloads[i].Capture; c != nil {
+				a.rules.applied[c.NetNS] = true
+			}
+		}
+	}
+	if err != nil {
+		a.log.Warn("the last known state is not usable; waiting for the control plane", "error", err)
+	}
+}
+
+// take puts a state into force.
+func (a *agent) take(m *nodev1.NodeState) error {
+	s, err := parseState(m, a.cfg.Node)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.state = s
+	a.mu.Unlock()
+	a.live.update(s)
+	a.svids.Update(svidState(s))
+	a.attestor.SetWorkloads(s.workloads)
+	a.ready.Store(true)
+	select {
+	case a.poke <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// watch follows the control plane until ctx ends.
+func (a *agent) watch(ctx context.Context, client nodev1.NodeClient) {
+	for wait := 100 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, 5*time.Second) {
+		began := time.Now()
+		err := a.watchOnce(ctx, client)
+		a.connected.Store(false)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > 5*time.Second {
+			wait = 100 * time.Millisecond
+		}
+		a.log.Warn("the control plane is away; the last known state stays in force", "error", err, "retry", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait/2 + rand.N(wait/2)):
+		}
+	}
+}
+
+func (a *agent) watchOnce(ctx context.Context, client nodev1.NodeClient) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := client.Watch(ctx, &nodev1.WatchRequest{Revision: a.reported()})
+	if err != nil {
+		return err
+	}
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		a.connected.Store(true)
+		if err := a.node.setBundle(m.GetBundle()); err != nil {
+			return err
+		}
+		if err := a.take(m); err != nil {
+			return fmt.Errorf("a state that makes no sense was not taken: %w", err)
+		}
+		b, err := proto.Marshal(m)
+		if err == nil {
+			err = writeFile(a.stateFile(), b)
+		}
+		if err != nil {
+			a.log.Error("keeping the state for a restart", "error", err)
+		}
+		a.log.Info("state in force", "revision", m.GetRevision(), "workloads", len(m.GetWorkloads()), "policies", len(m.GetPolicies()))
+	}
+}

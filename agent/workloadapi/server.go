@@ -1,0 +1,137 @@
+// Package workloadapi serves the SPIFFE Workload API on a unix socket: X.509
+// SVIDs and bundles, for the workloads that the calling process is attested
+// to be. The JWT and WIT methods answer Unimplemented.
+package workloadapi
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-mesh/signet/agent/attest"
+	"github.com/signet-mesh/signet/agent/svid"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// Bounds of what callers may take up.
+const (
+	// DefaultPerUID is how many connections, and how many calls, one user id
+	// may have open.
+	DefaultPerUID = 512
+
+	maxRequest       = 64 << 10 // bytes
+	streamsPerConn   = 100
+	idleConn         = 5 * time.Minute
+	handshakeTimeout = 5 * time.Second
+	// drain is how long calls may take to end after the server was stopped.
+	drain = 5 * time.Second
+	// issueWait is how long a call waits for a certificate that is not there,
+	// so that a workload which starts together with the agent need not come
+	// back later.
+	issueWait = time.Second
+)
+
+// Attestor tells which workloads a process is; *attest.Attestor implements it.
+type Attestor interface {
+	Attest(ctx context.Context, p *attest.Process) ([]mesh.Workload, error)
+	// Changed returns a channel that is closed when the answer may have
+	// become another.
+	Changed() <-chan struct{}
+}
+
+// Config configures a Server.
+type Config struct {
+	SVIDs    *svid.Manager
+	Attestor Attestor
+	// Ready says whether the node's state is known. Until it does, callers
+	// are told to come back. Nil means always.
+	Ready func() bool
+	Log   *slog.Logger
+	// PerUID bounds the open connections, and the open calls, of one user id.
+	// 0 means DefaultPerUID.
+	PerUID int
+}
+
+// Server is the Workload API of one node.
+type Server struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+
+	svids    *svid.Manager
+	attestor Attestor
+	ready    func() bool
+	log      *slog.Logger
+	perUID   int
+	stopping chan struct{} // closed when Serve is told to end
+	calls    counter
+	refusals *rate.Limiter // of log lines, which strangers cause
+}
+
+// New returns a Server.
+func New(c Config) *Server {
+	s := &Server{
+		svids: c.SVIDs, attestor: c.Attestor, ready: c.Ready, log: c.Log,
+		perUID:   cmp.Or(c.PerUID, DefaultPerUID),
+		stopping: make(chan struct{}),
+		refusals: rate.NewLimiter(10, 50),
+	}
+	if s.ready == nil {
+		s.ready = func() bool { return true }
+	}
+	return s
+}
+
+// Serve answers calls on ln, a unix stream listener that every local process
+// may connect to, until ctx ends. Then open streams are ended with
+// Unavailable, and Serve returns nil once all calls have ended. It closes ln.
+// Call it once.
+func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
+	srv := grpc.NewServer(
+		grpc.Creds(&peerCreds{conns: &counter{}, perUID: s.perUID, log: s.log, refusals: s.refusals}),
+		grpc.ChainUnaryInterceptor(s.unary),
+		grpc.ChainStreamInterceptor(s.stream),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxConcurrentStreams(streamsPerConn),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleConn}),
+		grpc.WaitForHandlers(true),
+	)
+	workload.RegisterSpiffeWorkloadAPIServer(srv, s)
+	reflection.Register(srv)
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ended := make(chan struct{})
+	defer close(ended)
+	wg.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-ended:
+		}
+		close(s.stopping)
+		hurry := time.AfterFunc(drain, srv.Stop)
+		defer hurry.Stop()
+		srv.GracefulStop()
+	})
+	if err := srv.Serve(ln); err != nil && !errors.Is(err, grpc.ErrServerStopped) && ctx.Err() == nil {
+		return fmt.Errorf("workload api: %w", err)
+	}
+	return nil
+}
+
+// unavailable tells the caller to come back; every Workload API client does.
+func unavailable(format string, args ...any) error {
+	return status.Errorf(codes.Unavailable, format, args...)
+}

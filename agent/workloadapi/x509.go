@@ -1,0 +1,175 @@
+package workloadapi
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/signet-mesh/signet/agent/attest"
+)
+
+// FetchX509SVID streams the caller's SVIDs. Each message is the full state,
+// sorted by SPIFFE ID; one is sent at once and one on each change.
+func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
+	return follow(s, "FetchX509SVID", stream, s.svidResponse)
+}
+
+// FetchX509Bundles streams the trust bundle to callers that have an identity.
+func (s *Server) FetchX509Bundles(_ *workload.X509BundlesRequest, stream grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
+	return follow(s, "FetchX509Bundles", stream, s.bundlesResponse)
+}
+
+// errPending says that what the caller may have is not there: not issued yet,
+// or expired without a successor.
+var errPending = errors.New("not there")
+
+// follow sends what build makes of the caller's identities, and again
+// whenever that has changed, until the stream ends. The caller is attested
+// anew before each message, and each time that something changes: an
+// entitlement that is lost ends the stream.
+func follow[T any, M interface {
+	*T
+	proto.Message
+}](s *Server, method string, stream grpc.ServerStreamingServer[T], build func([]spiffeid.ID) (M, error)) error {
+	ctx := stream.Context()
+	p, err := process(ctx)
+	if err != nil {
+		return status.Error(codes.PermissionDenied, err.Error())
+	}
+	log := s.log.With("method", method, "pid", p.PID, "uid", p.UID)
+
+	var (
+		last     M           // nil before the first message
+		patience *time.Timer // runs while a certificate is waited for
+	)
+	for {
+		svids, rules := s.svids.Changed(), s.attestor.Changed()
+		ids, err := s.identities(ctx, p)
+		if err != nil {
+			return err
+		}
+		msg, err := build(ids)
+		if patience != nil && !errors.Is(err, errPending) {
+			patience.Stop()
+			patience = nil
+		}
+		var tired <-chan time.Time
+		switch {
+		case errors.Is(err, errPending):
+			if patience == nil {
+				patience = time.NewTimer(issueWait)
+				defer patience.Stop()
+			}
+			tired = patience.C
+		case err != nil:
+			log.Error("a caller's certificate cannot be given out", "ids", ids, "error", err)
+			return status.Error(codes.Internal, err.Error())
+		case last == nil || !proto.Equal(last, msg):
+			if err := stream.Send((*T)(msg)); err != nil {
+				return err
+			}
+			log.Debug("sent an update", "ids", ids)
+			last = msg
+		}
+		select {
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-s.stopping:
+			return unavailable("the agent is shutting down")
+		case <-tired:
+			log.Warn("a caller has an identity, but there is no valid certificate for it", "ids", ids, "error", err)
+			return unavailable("%v", err)
+		case <-svids:
+		case <-rules:
+		}
+	}
+}
+
+// identities attests the process and returns its SPIFFE IDs, at least one,
+// sorted. The error is a gRPC status.
+func (s *Server) identities(ctx context.Context, p *attest.Process) ([]spiffeid.ID, error) {
+	if !s.ready() {
+		return nil, unavailable("the agent is starting: it does not know this node's workloads yet")
+	}
+	workloads, err := s.attestor.Attest(ctx, p)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, status.FromContextError(ctx.Err()).Err()
+		}
+		if s.refusals.Allow() {
+			s.log.Info("refused a caller of the Workload API", "pid", p.PID, "uid", p.UID, "error", err)
+		}
+		// What differed goes to the log only: it tells the rules.
+		why := "no workload's attest rules match the calling process"
+		if errors.Is(err, attest.ErrGone) {
+			why = "the process that connected has exited or runs another program now"
+		}
+		return nil, status.Errorf(codes.PermissionDenied, "no identity issued to process %d of uid %d: %s; the agent's log says more", p.PID, p.UID, why)
+	}
+	ids := make([]spiffeid.ID, len(workloads))
+	for i, w := range workloads {
+		ids[i] = w.ID
+	}
+	slices.SortFunc(ids, func(a, b spiffeid.ID) int { return cmp.Compare(a.String(), b.String()) })
+	ids = slices.Compact(ids)
+	if len(ids) == 0 { // an attestor never answers so; the specification forbids an empty message
+		return nil, status.Error(codes.PermissionDenied, "no identity issued")
+	}
+	return ids, nil
+}
+
+func (s *Server) svidResponse(ids []spiffeid.ID) (*workload.X509SVIDResponse, error) {
+	bundle := s.bundle()
+	if len(bundle) == 0 {
+		return nil, fmt.Errorf("the trust bundle is %w yet", errPending)
+	}
+	out := &workload.X509SVIDResponse{}
+	for _, id := range ids {
+		c, ok := s.svids.Get(id)
+		if !ok {
+			continue
+		}
+		key, err := c.PKCS8()
+		if err != nil {
+			return nil, err
+		}
+		out.Svids = append(out.Svids, &workload.X509SVID{
+			SpiffeId:    id.String(),
+			X509Svid:    slices.Concat(c.Chain...),
+			X509SvidKey: key,
+			Bundle:      bundle,
+		})
+	}
+	if len(out.Svids) == 0 {
+		return nil, fmt.Errorf("the certificate of %s is %w (not issued yet, or expired); signet certs says why", ids[0], errPending)
+	}
+	return out, nil
+}
+
+func (s *Server) bundlesResponse(ids []spiffeid.ID) (*workload.X509BundlesResponse, error) {
+	bundle := s.bundle()
+	if len(bundle) == 0 {
+		return nil, fmt.Errorf("the trust bundle is %w yet", errPending)
+	}
+	// Every identity on a node is of the one trust domain of its mesh.
+	return &workload.X509BundlesResponse{Bundles: map[string][]byte{ids[0].TrustDomain().IDString(): bundle}}, nil
+}
+
+// bundle returns the roots, DER, one after the other.
+func (s *Server) bundle() []byte {
+	var out []byte
+	for _, c := range s.svids.Bundle() {
+		out = append(out, c.Raw...)
+	}
+	return out
+}

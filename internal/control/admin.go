@@ -1,0 +1,99 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/adminserver"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// serveAdmin answers the operator until ctx ends.
+func (c *control) serveAdmin(ctx context.Context, l net.Listener) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.status(), nil) })
+	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
+		view, _ := c.feed.Get()
+		e, err := Explain(view, r.FormValue("from"), r.FormValue("to"), r.FormValue("port"))
+		adminserver.Answer(w, e, err)
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(c.metrics(), promhttp.HandlerOpts{}))
+	return adminserver.Serve(ctx, l, mux)
+}
+
+func (c *control) status() adminv1.ControlStatus {
+	c.mu.Lock()
+	s := adminv1.ControlStatus{TrustDomain: c.trust, Since: c.since, Rejected: c.rejected}
+	c.mu.Unlock()
+	if view, _ := c.feed.Get(); view != nil {
+		s.Revision = view.Revision
+		s.Policies = len(view.Model.Policies())
+	}
+	s.Nodes = c.nodes.Nodes()
+	return s
+}
+
+// Explain answers whether from may reach to on a port, and why. Both are
+// SPIFFE IDs of the view's trust domain.
+func Explain(view *mesh.View, from, to, port string) (*adminv1.Explanation, error) {
+	if view == nil {
+		return nil, errors.New("no state is in force yet")
+	}
+	caller, err := spiffeid.FromString(from)
+	if err != nil {
+		return nil, fmt.Errorf("from: %q is not a SPIFFE ID: %w", from, err)
+	}
+	target, err := spiffeid.FromString(to)
+	if err != nil {
+		return nil, fmt.Errorf("to: %q is not a SPIFFE ID: %w", to, err)
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return nil, fmt.Errorf("port: %q is not a port from 1 to 65535", port)
+	}
+	t, ok := view.Target(target)
+	if !ok {
+		return nil, fmt.Errorf("to: %s is no workload of this mesh", target)
+	}
+	d := view.Model.Decide(authz.Request{From: caller, Target: t, Port: uint16(n)})
+	return &adminv1.Explanation{
+		From: caller.String(), To: target.String(), Port: int(n),
+		Mode: view.State.Mode(t.Namespace).String(), Verdict: d.Verdict.String(),
+		Reason: d.Reason, Policy: d.Policy, Near: d.Near, Revision: view.Revision,
+	}, nil
+}
+
+// metrics describes the control plane at the instant it is asked.
+func (c *control) metrics() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	gauge := func(name, help string, f func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
+	}
+	gauge("signet_control_policies", "Policies in force.", func() float64 { return float64(c.status().Policies) })
+	gauge("signet_control_nodes_connected", "Nodes that are connected.", func() float64 {
+		n := 0
+		for _, node := range c.nodes.Nodes() {
+			if node.Connected {
+				n++
+			}
+		}
+		return float64(n)
+	})
+	gauge("signet_control_edit_rejected", "1 while the newest edit is refused and an older state is in force.", func() float64 {
+		if len(c.status().Rejected) > 0 {
+			return 1
+		}
+		return 0
+	})
+	return r
+}
