@@ -19,8 +19,9 @@ type certsDoc struct {
 
 type certState struct {
 	adminv1.Certificate
-	// State is valid, renewing (renewal is due), failing (renewal failed),
-	// expired, or early (not valid yet).
+	// State is valid, renewing (renewal is due), failing (the first issue or
+	// a renewal failed), pending (there is none yet), expired, or early (not
+	// valid yet).
 	State string `json:"state"`
 }
 
@@ -29,6 +30,7 @@ const (
 	certValid    = "valid"
 	certRenewing = "renewing"
 	certFailing  = "failing"
+	certPending  = "pending"
 	certExpired  = "expired"
 	certEarly    = "early"
 )
@@ -36,6 +38,10 @@ const (
 func judgeCert(c adminv1.Certificate, now time.Time) certState {
 	state := certValid
 	switch {
+	case c.Serial == "" && c.LastError == "":
+		state = certPending
+	case c.Serial == "":
+		state = certFailing
 	case !now.Before(c.NotAfter):
 		state = certExpired
 	case now.Before(c.NotBefore):
@@ -75,7 +81,7 @@ func (d *certsDoc) Text(t *output.Text) {
 		}
 		rows = append(rows, []output.Cell{
 			output.C(c.Holder), output.S(style, c.State), output.C(until(d.At, c.NotAfter)), output.C(until(d.At, c.RenewAt)),
-			output.C(c.ID), output.C(c.Serial), output.C(instant(c.NotBefore)), output.C(instant(c.NotAfter)), output.C(c.Issuer),
+			output.C(c.ID), output.C(orDash(c.Serial)), output.C(instant(c.NotBefore)), output.C(instant(c.NotAfter)), output.C(orDash(c.Issuer)),
 		})
 	}
 	t.Table([]output.Column{
@@ -84,7 +90,7 @@ func (d *certsDoc) Text(t *output.Text) {
 	}, rows)
 	for i := range d.Certificates {
 		if c := &d.Certificates[i]; c.LastError != "" {
-			t.Line(c.Holder, ": ", output.S(output.Bad, "renewal failed: "+c.LastError))
+			t.Line(c.Holder, ": ", output.S(output.Bad, "issue failed: "+c.LastError))
 		}
 	}
 }

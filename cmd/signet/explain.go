@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -11,6 +12,7 @@ import (
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/adminclient"
+	"github.com/signet-mesh/signet/internal/control"
 	"github.com/signet-mesh/signet/internal/manifest"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/output"
@@ -140,7 +142,8 @@ func (a *app) liveID(ctx context.Context, client *adminclient.Client, r referenc
 	return id.String(), err
 }
 
-// explainDocuments answers from documents, in the words of a running mesh.
+// explainDocuments answers from documents as the control plane would that had
+// them in force.
 func explainDocuments(path string, from, to reference, port uint16) (e adminv1.Explanation, err error) {
 	// The node's name has no part in the answer.
 	m, err := manifest.Load(path, "this-node")
@@ -160,17 +163,14 @@ func explainDocuments(path string, from, to reference, port uint16) (e adminv1.E
 	if err != nil {
 		return e, err
 	}
-	tgt, err := target(td, toID)
-	if err != nil {
-		return e, err
-	}
 	model, faults := authz.Compile(td, m.Policies)
 	if len(faults) > 0 {
 		return e, fmt.Errorf("%s: %s: %s", faults[0].Policy, faults[0].Field, faults[0].Message)
 	}
-	d := model.Decide(authz.Request{From: fromID, Target: tgt, Port: port})
-	return adminv1.Explanation{
-		From: fromID.String(), To: toID.String(), Port: int(port), Mode: m.State.Mode(tgt.Namespace).String(),
-		Verdict: d.Verdict.String(), Reason: d.Reason, Policy: d.Policy, Near: d.Near, Revision: m.Revision,
-	}, nil
+	view := &mesh.View{Revision: m.Revision, State: m.State, Model: model}
+	answer, err := control.Explain(view, fromID.String(), toID.String(), strconv.Itoa(int(port)))
+	if err != nil {
+		return e, err
+	}
+	return *answer, nil
 }

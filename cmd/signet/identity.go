@@ -64,18 +64,6 @@ func (r reference) in(td spiffeid.TrustDomain) (spiffeid.ID, error) {
 	return spiffeid.FromSegments(td, "ns", r.ns, "sa", r.sa)
 }
 
-// target reads what an ID of a mesh names as a target of policies.
-func target(td spiffeid.TrustDomain, id spiffeid.ID) (authz.Target, error) {
-	parts := strings.Split(id.Path(), "/")
-	if len(parts) != 5 || parts[1] != "ns" || parts[3] != "sa" {
-		return authz.Target{}, usage(fmt.Errorf("--to %s: is no workload; its path must be /ns/NAMESPACE/sa/SERVICE-ACCOUNT", id))
-	}
-	if !id.MemberOf(td) {
-		return authz.Target{}, usage(fmt.Errorf("--to %s: is not in the trust domain %s of this mesh, whose policies cannot protect it", id, td))
-	}
-	return authz.Target{Namespace: parts[2], ServiceAccount: parts[4]}, nil
-}
-
 // shortID writes an ID as "namespace/service-account" where it has that form.
 // The trust domain stays when it is not the usual one.
 func shortID(id, usual string) string {

@@ -172,6 +172,7 @@ var meshes = map[string]*fakeMesh{
 		certificates: []adminv1.Certificate{
 			{Holder: "node", ID: "spiffe://mesh.example/signet/node/n1", Serial: "01", NotBefore: testNow.Add(-time.Minute), NotAfter: testNow.Add(time.Hour), RenewAt: testNow.Add(30 * time.Minute), Issuer: "aa"},
 			{Holder: "pay/ledger-1", ID: id("pay/ledger"), Serial: "02", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Minute), RenewAt: testNow.Add(-time.Second), Issuer: "aa"},
+			{Holder: "shop/batch", ID: id("shop/batch")},
 		},
 		records:      testRecords,
 		verification: adminv1.AuditVerification{Batches: 2, Records: 3},
@@ -195,6 +196,7 @@ var meshes = map[string]*fakeMesh{
 		certificates: []adminv1.Certificate{
 			{Holder: "node", ID: "spiffe://mesh.example/signet/node/n1", Serial: "01", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(-time.Second), RenewAt: testNow.Add(-time.Minute), Issuer: "aa"},
 			{Holder: "pay/ledger-1", ID: id("pay/ledger"), Serial: "02", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Minute), RenewAt: testNow.Add(-time.Second), Issuer: "aa", LastError: "control plane: not this node's workload"},
+			{Holder: "pay/new", ID: id("pay/new"), LastError: "control plane: away"},
 		},
 		verification: adminv1.AuditVerification{Batches: 1, Records: 2, Fault: "batch 2 does not follow batch 1"},
 		explanation: adminv1.Explanation{

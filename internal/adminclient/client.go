@@ -177,7 +177,7 @@ func (c *Client) Audit(ctx context.Context, q AuditQuery) iter.Seq2[audit.Record
 		defer func() { _ = body.Close() }()
 		for r, err := range records(body) {
 			if err != nil {
-				err = fmt.Errorf("%s: read audit records: %w", c.agent.part, err)
+				err = fmt.Errorf("%s: audit records: %w", c.agent.part, err)
 			}
 			if !yield(r, err) || err != nil {
 				return
@@ -186,7 +186,8 @@ func (c *Client) Audit(ctx context.Context, q AuditQuery) iter.Seq2[audit.Record
 	}
 }
 
-// records reads newline-delimited records; a cut line is an error.
+// records reads newline-delimited records. A cut line is an error, and so is a
+// line by which the agent says that it cannot go on.
 func records(r io.Reader) iter.Seq2[audit.Record, error] {
 	return func(yield func(audit.Record, error) bool) {
 		in := newLineReader(r, maxRecord)
@@ -198,11 +199,17 @@ func records(r io.Reader) iter.Seq2[audit.Record, error] {
 			if err == nil && len(bytes.TrimSpace(line)) == 0 {
 				continue
 			}
-			var rec audit.Record
+			var rec struct {
+				audit.Record
+				Error string `json:"error"`
+			}
 			if err == nil {
 				err = json.Unmarshal(line, &rec)
 			}
-			if !yield(rec, err) || err != nil {
+			if err == nil && rec.Error != "" {
+				err = errors.New(rec.Error)
+			}
+			if !yield(rec.Record, err) || err != nil {
 				return
 			}
 		}

@@ -72,12 +72,13 @@ func TestAuditStreams(t *testing.T) {
 	}
 }
 
-// An agent that dies in the middle of an answer must not look like one that
+// An agent that dies, or finds damage, in the middle of an answer must not look like one that
 // had no more records to tell.
 func TestCutAuditIsAnError(t *testing.T) {
 	for name, body := range map[string]string{
 		"cut":      "{\"seq\":1}\n{\"seq\":",
 		"garbage":  "{\"seq\":1}\nhello\n",
+		"given up": "{\"seq\":1}\n{\"error\":\"segment 3 is damaged\"}\n",
 		"too long": "{\"seq\":1}\n" + strings.Repeat("x", maxRecord+1) + "\n",
 	} {
 		dir := t.TempDir()
