@@ -55,7 +55,7 @@ func TestReadmeCommandLines(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := 0
-	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
+	for _, block := range regexp.MustCompile("(?s)```(?:sh|text)\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
 		for _, line := range strings.Split(block[1], "\n") {
 			line, _, _ = strings.Cut(line, "#")
 			for _, call := range callsOfSignet.FindAllStringSubmatch(line, -1) {
@@ -75,7 +75,7 @@ func TestReadmeCommandLines(t *testing.T) {
 func TestUnknownFlagsAndArguments(t *testing.T) {
 	for _, c := range leaves((&app{getenv: os.Getenv}).newRoot()) {
 		path := strings.Fields(c.CommandPath())[1:]
-		if c.Name() == "up" || c.Name() == "help" {
+		if c.Name() == "help" {
 			continue
 		}
 		if got := runIn(t, t.TempDir(), append(path, "--no-such-flag")...); got.code != exitUsage || !strings.Contains(got.err, "--help") || got.out != "" {

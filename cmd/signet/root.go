@@ -90,7 +90,7 @@ Exit codes, the same with every -o:
 	flags.StringVar(&a.runDir, "run-dir", a.env(envRunDir, defaultRunDir), "directory of the running mesh's sockets ($"+envRunDir+")")
 	flags.Var(&a.color, "color", "auto|always|never; auto honours NO_COLOR and TERM=dumb")
 	complete(root, "color", "auto", "always", "never")
-	root.AddCommand(a.newUpCommand(), a.newCheckCommand(), a.newProbeCommand(), a.newPolicyCommand(), a.newAuditCommand(),
+	root.AddCommand(a.newUpCommand(), a.newReleaseCommand(), a.newCheckCommand(), a.newProbeCommand(), a.newPolicyCommand(), a.newAuditCommand(),
 		a.newCertsCommand(), a.newStatusCommand(), a.newVersionCommand())
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {

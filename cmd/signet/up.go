@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -83,6 +84,7 @@ func (a *app) up(ctx context.Context, f meshFlags) error {
 	if err != nil {
 		return err
 	}
+	raiseFileLimit()
 	ready := make(chan struct{})
 	waiting, stop := context.WithCancel(ctx)
 	go func() {
@@ -94,6 +96,17 @@ func (a *app) up(ctx context.Context, f meshFlags) error {
 	stop()
 	<-ready
 	return err
+}
+
+// raiseFileLimit lets the proxy, which needs a few descriptors for each
+// connection, have as many as the system allows. Without it a child starts
+// with the shell's soft limit, often 1,024.
+func raiseFileLimit() {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil {
+		limit.Cur = limit.Max
+		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) // what there is must do, then
+	}
 }
 
 // machine is one mesh on this machine, with every path absolute.
