@@ -1,0 +1,177 @@
+package xds
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/manifest"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// view loads a mesh from testdata.
+func view(t testing.TB, name string) *mesh.View {
+	t.Helper()
+	m, err := manifest.Load(filepath.Join("testdata", name), "n1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	model, bad := authz.Compile(m.State.TrustDomain, m.Policies)
+	if len(bad) > 0 {
+		t.Fatal(bad)
+	}
+	return &mesh.View{Revision: m.Revision, State: m.State, Model: model}
+}
+
+// TestGolden: what a node gets, one file for each type. Run with -update after
+// a change that is meant, and read the difference.
+func TestGolden(t *testing.T) {
+	v := view(t, "shop.yaml")
+	set, err := Build(v, "n1", Options{AccessLog: "/state/spool/access.log"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{TypeListener: "listeners", TypeCluster: "clusters", TypeRoute: "routes"}
+	if got := len(set); got != len(files) {
+		t.Errorf("%d types of resources, want %d", got, len(files))
+	}
+	for typeURL, file := range files {
+		var all []json.RawMessage
+		for _, name := range slices.Sorted(maps.Keys(set[typeURL])) {
+			m, err := set[typeURL][name].Body.UnmarshalNew()
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := protojson.Marshal(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, b)
+		}
+		// protojson varies its white space on purpose; encoding/json does not.
+		got, err := json.MarshalIndent(all, "", " ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, '\n')
+		path := filepath.Join("testdata", "shop."+file+".json")
+		if *update {
+			if err := os.WriteFile(path, got, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s differs from what was built; see it with go test ./xds -update && git diff", path)
+		}
+	}
+}
+
+// TestBuildIsDeterministic: the same input gives the same bytes, or every
+// restart of the control plane would push everything to everyone.
+func TestBuildIsDeterministic(t *testing.T) {
+	v := view(t, "shop.yaml")
+	first, err := Build(v, "n1", Options{AccessLog: "/log"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		again, err := Build(v, "n1", Options{AccessLog: "/log"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first.Version() != again.Version() {
+			t.Fatal("two builds of the same view differ")
+		}
+	}
+}
+
+// TestNodeScope: a node gets listeners and policies of its own workloads only.
+func TestNodeScope(t *testing.T) {
+	set, err := Build(view(t, "shop.yaml"), "n2", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, typeURL := range []string{TypeListener, TypeRoute} {
+		for name := range set[typeURL] {
+			if name != listenerTunnel && !strings.HasSuffix(name, "|shop/db") {
+				t.Errorf("node n2 gets %q of another node", name)
+			}
+		}
+	}
+	if set, err = Build(view(t, "shop.yaml"), "stranger", Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if len(set[TypeRoute]) != 0 || len(set[TypeListener]) != 1 {
+		t.Errorf("a node without workloads gets %d listeners and %d routes, want 1 and 0", len(set[TypeListener]), len(set[TypeRoute]))
+	}
+}
+
+// TestDestinations: what a dialled address becomes.
+func TestDestinations(t *testing.T) {
+	v := view(t, "shop.yaml")
+	for _, c := range []struct {
+		name  string
+		found bool
+		parts []string // that the cluster must mention
+	}{
+		{"dst|10.88.0.3:15432", true, []string{"10.88.0.3:15008", "spiffe://mesh.test/ns/shop/sa/db"}},
+		{"dst|10.96.0.1:5432", true, []string{"10.88.0.3:15432", "192.0.2.7"}},
+		{"dst|10.96.0.1:5433", false, nil}, // the service has no such port
+		{"dst|10.88.0.5:80", true, []string{"10.88.0.5"}},
+		{"dst|198.51.100.1:443", true, []string{"198.51.100.1"}},
+		{"dst|10.88.0.3:15008", false, nil}, // the mesh's own ports
+		{"dst|10.88.0.3:15001", false, nil},
+		{"dst|10.88.0.3:15006", false, nil},
+		{"dst|10.88.0.3:0", false, nil},
+		{"dst|10.88.0.3:015432", false, nil}, // another spelling
+		{"dst|10.88.0.3", false, nil},
+		{"10.88.0.3:80", false, nil},
+		{"dst|::ffff:10.88.0.3:80", false, nil},
+	} {
+		r, ok := Destination(v, c.name)
+		if ok != c.found {
+			t.Errorf("%s: found %t, want %t", c.name, ok, c.found)
+			continue
+		}
+		for _, part := range c.parts {
+			if !bytes.Contains(r.Body.Value, []byte(part)) {
+				t.Errorf("%s: no %q in the cluster", c.name, part)
+			}
+		}
+	}
+	v.State.RefuseUnknown = true
+	if _, ok := Destination(v, "dst|198.51.100.1:443"); ok {
+		t.Error("an unknown destination is found although unknown destinations are refused")
+	}
+	if _, ok := Destination(nil, "dst|198.51.100.1:443"); ok {
+		t.Error("a destination is found without any state")
+	}
+}
+
+// TestNoPlainWayToEnrolled: an endpoint in an enrolled namespace is reached
+// through a tunnel that names its identity, whichever address was dialled. An
+// endpoint given by address only must not turn that off.
+func TestNoPlainWayToEnrolled(t *testing.T) {
+	v := view(t, "shop.yaml")
+	hops, ok := resolve(v.State, netip.MustParseAddrPort("10.88.0.3:80"))
+	if !ok || len(hops) != 1 || hops[0].workload == nil {
+		t.Fatalf("an enrolled workload's address resolves to %+v, want a tunnel to it", hops)
+	}
+}
