@@ -1,0 +1,104 @@
+package agent
+
+import (
+	"log/slog"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// stateWith is a state with one enforcing workload, shop/db, and a policy that
+// admits the given callers to port 5432.
+func stateWith(mode mesh.Mode, callers ...string) *nodeState {
+	var from []authz.Pattern
+	for _, c := range callers {
+		p, err := authz.ParsePattern(c)
+		if err != nil {
+			panic(err)
+		}
+		from = append(from, p)
+	}
+	return &nodeState{
+		workloads: []mesh.Workload{{
+			Namespace: "shop", Name: "db", ServiceAccount: "db",
+			ID:      spiffeid.RequireFromString("spiffe://mesh.test/ns/shop/sa/db"),
+			Capture: &mesh.Capture{NetNS: "/run/netns/db"},
+		}},
+		modes: map[string]mesh.Mode{"shop": mode},
+		model: authz.NewModel([]authz.Policy{{Namespace: "shop", Name: "p", Ports: []uint16{5432}, From: from}}),
+	}
+}
+
+const web, batch = "spiffe://mesh.test/ns/shop/sa/web", "spiffe://mesh.test/ns/shop/sa/batch"
+
+func opened(id, from, authority string) *audit.Event {
+	return &audit.Event{Record: audit.Record{
+		ID: id, Side: audit.Destination, Transport: "mtls", Reason: "allowed by shop/p",
+		Source:      audit.Party{ID: from},
+		Destination: audit.Party{Workload: "shop/db", Address: authority, Via: "10.0.0.1:" + id},
+	}}
+}
+
+// TestLiveEndsExactlyWhatIsRefused: an edit that removes a grant ends its open
+// connections and no others.
+func TestLiveEndsExactlyWhatIsRefused(t *testing.T) {
+	l := newLive(slog.New(slog.DiscardHandler))
+	var ended []string
+	l.destroy = func(netns string, local, remote netip.AddrPort) error {
+		ended = append(ended, netns+" "+local.String()+" "+remote.String())
+		return nil
+	}
+	l.update(stateWith(mesh.ModeEnforce, web, batch))
+	l.see(opened("1001", web, "10.0.0.1:5432"))
+	l.see(opened("1002", batch, "10.0.0.1:5432"))
+	if len(ended) != 0 {
+		t.Fatalf("allowed connections were ended: %v", ended)
+	}
+	l.update(stateWith(mesh.ModeEnforce, web))
+	if len(ended) != 1 || ended[0] != "/run/netns/db 10.0.0.1:1002 10.0.0.1:5432" {
+		t.Fatalf("ended %v, want the one of batch", ended)
+	}
+	last := opened("1002", batch, "10.0.0.1:5432")
+	last.Final = true
+	l.see(last)
+	if last.Record.Ended != "revoked" || !strings.Contains(last.Record.Reason, "default deny") {
+		t.Errorf("the record says %q, %q; want revoked and why", last.Record.Ended, last.Record.Reason)
+	}
+	if l.count("shop/db") != 1 {
+		t.Errorf("%d open connections, want 1", l.count("shop/db"))
+	}
+}
+
+// TestLiveJudgesLateNews: a connection that was admitted just before an edit
+// is heard of after it, and must not slip through between the two.
+func TestLiveJudgesLateNews(t *testing.T) {
+	l := newLive(slog.New(slog.DiscardHandler))
+	ended := 0
+	l.destroy = func(string, netip.AddrPort, netip.AddrPort) error { ended++; return nil }
+	l.update(stateWith(mesh.ModeEnforce, web))
+	l.see(opened("1", batch, "10.0.0.1:5432"))
+	l.see(opened("2", web, "10.0.0.1:9999")) // a port that no policy names
+	if ended != 2 {
+		t.Errorf("%d ended, want 2", ended)
+	}
+}
+
+// TestLiveObserveEndsNothing: observe mode records and lets flow.
+func TestLiveObserveEndsNothing(t *testing.T) {
+	l := newLive(slog.New(slog.DiscardHandler))
+	l.destroy = func(string, netip.AddrPort, netip.AddrPort) error { t.Error("ended in observe mode"); return nil }
+	l.update(stateWith(mesh.ModeObserve))
+	l.see(opened("1", batch, "10.0.0.1:5432"))
+	l.destroy = func(string, netip.AddrPort, netip.AddrPort) error { return capture.ErrNotFound }
+	l.update(stateWith(mesh.ModeEnforce)) // from observe to enforce: now it is ended
+	if l.count("shop/db") != 0 {
+		t.Error("still counted after the switch to enforce")
+	}
+}
