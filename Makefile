@@ -33,7 +33,7 @@ help: ## List what there is to do
 build: ## Build bin/signet, bin/signet-control and bin/signet-agent
 	@echo "build: bin/"
 	@mkdir -p bin
-	$(BUILD) -o bin/ ./cmd/signet ./cmd/signet-control ./cmd/signet-agent
+	@$(BUILD) -o bin/ ./cmd/signet ./cmd/signet-control ./cmd/signet-agent
 
 .PHONY: tools
 tools: ## Get Envoy into .tools/

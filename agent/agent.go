@@ -164,8 +164,8 @@ func (a *agent) serve(ctx context.Context) error {
 	// The rest needs the node's certificate. What is above works without the
 	// control plane on what an earlier run left.
 	g.Go(func() error {
-		if err := a.node.join(ctx); err != nil {
-			return nil // ctx ended
+		if a.node.join(ctx) != nil {
+			return nil // it gives up only when ctx ends
 		}
 		a.log.Info("node joined", "node", a.cfg.Node)
 		var inner errgroup.Group

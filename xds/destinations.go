@@ -29,7 +29,7 @@ func Destination(v *mesh.View, name string) (Resource, bool) {
 	if !ok {
 		return Resource{}, false
 	}
-	r, err := NewResource(name, destinationCluster(name, v.State, eps))
+	r, err := NewResource(name, destinationCluster(name, eps))
 	return r, err == nil
 }
 
@@ -108,7 +108,7 @@ func workloadAt(s *mesh.State, a netip.Addr) *mesh.Workload {
 // destinationCluster: an endpoint of the mesh is the internal tunnel listener
 // with metadata that says where the tunnel goes and who must answer; an
 // endpoint outside the mesh is its address.
-func destinationCluster(name string, s *mesh.State, hops []hop) *clusterv3.Cluster {
+func destinationCluster(name string, hops []hop) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
 	plain := false
 	for _, h := range hops {

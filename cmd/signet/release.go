@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -28,7 +29,11 @@ on. Refused while a mesh runs: it would put the rules back.`,
 			if _, err := a.client().AgentStatus(cmd.Context()); err == nil {
 				return fmt.Errorf("a mesh runs with %s: stop it first, or set its namespaces to off", a.runDir)
 			}
-			m, err := manifest.Load(documents, "")
+			host, err := os.Hostname()
+			if err != nil {
+				return err
+			}
+			m, err := manifest.Load(documents, host)
 			if err != nil {
 				return err
 			}

@@ -69,7 +69,7 @@ func Explain(view *mesh.View, from, to, port string) (*adminv1.Explanation, erro
 	return &adminv1.Explanation{
 		From: caller.String(), To: target.String(), Port: int(n),
 		Mode: view.State.Mode(t.Namespace).String(), Verdict: d.Verdict.String(),
-		Reason: d.Reason, Policy: d.Policy, Near: d.Near, Revision: view.Revision,
+		Reason: d.Reason, Policy: d.Policy, Near: d.Near, Revision: view.Model.Version(t),
 	}, nil
 }
 

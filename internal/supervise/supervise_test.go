@@ -76,13 +76,13 @@ func (l *lines) wait(t *testing.T, n int, prefix string) []string {
 	deadline := time.After(20 * time.Second)
 	for {
 		l.mu.Lock()
+		all := strings.Join(l.all, "") // a write may hold several lines, or part of one
 		var found []string
-		for _, line := range l.all {
-			if rest, ok := strings.CutPrefix(line, prefix); ok {
+		for line := range strings.Lines(all) {
+			if rest, ok := strings.CutPrefix(line, prefix); ok && strings.HasSuffix(rest, "\n") {
 				found = append(found, strings.TrimSuffix(rest, "\n"))
 			}
 		}
-		all := strings.Join(l.all, "")
 		l.mu.Unlock()
 		if len(found) >= n {
 			return found
@@ -282,8 +282,8 @@ func TestRun_supervisorKilled(t *testing.T) {
 	gone(t, b)
 }
 
-// Pdeathsig follows a thread. The child of an idle supervisor survives while
-// goroutines end locked threads all around it.
+// Pdeathsig follows a thread. A child survives while goroutines end locked
+// threads all around it: none may end the thread that forked.
 func TestRun_threadsEnd(t *testing.T) {
 	out := newLines()
 	p := shell("a", `echo "pid $$"; exec sleep 60`)
@@ -326,7 +326,11 @@ func TestRun_stopWhileDown(t *testing.T) {
 		<-ctx.Done()
 		return nil // as if it had succeeded
 	}, Exited: func(err error) { t.Errorf("started after the end: %v", err) }}
-	stop := launch(t, io.Discard, Process{Name: "a", Path: "/bin/false"}, waits)
+	never := Process{Name: "c", Path: "/bin/true", Before: func(context.Context, int) error {
+		t.Error("prepared after the end")
+		return nil
+	}}
+	stop := launch(t, io.Discard, Process{Name: "a", Path: "/bin/false"}, waits, never)
 	<-inBefore
 	time.Sleep(300 * time.Millisecond) // a is in a long delay by now
 	began := time.Now()
@@ -348,8 +352,8 @@ func TestRun_output(t *testing.T) {
 	launch(t, out,
 		shell("a", `echo one; echo two >&2; cat "$1"; printf last; exec sleep 0.1`, file),
 		shell("b", `while :; do echo 0123456789; done | head -n 1000; exec sleep 60`))
-	out.wait(t, 1000, "b | 0123456789\n")
-	out.wait(t, 1, "a | last\n")
+	out.wait(t, 1000, "b | 0123456789")
+	out.wait(t, 1, "a | last")
 	got := out.wait(t, 5, "a | ")
 	want := []string{"one", "two", long[:maxLine], long[maxLine:], "last"}
 	for i, w := range want {

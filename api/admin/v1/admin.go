@@ -91,15 +91,16 @@ type Certificate struct {
 
 // Explanation is the answer to "may FROM reach TO on PORT, and why".
 type Explanation struct {
-	From     string           `json:"from"`
-	To       string           `json:"to"` // the target's SPIFFE ID
-	Port     int              `json:"port"`
-	Mode     string           `json:"mode"` // of the target's namespace
-	Verdict  string           `json:"verdict"`
-	Reason   string           `json:"reason"`
-	Policy   string           `json:"policy,omitempty"`
-	Near     []authz.NearMiss `json:"nearMisses,omitempty"`
-	Revision string           `json:"revision,omitempty"`
+	From    string           `json:"from"`
+	To      string           `json:"to"` // the target's SPIFFE ID
+	Port    int              `json:"port"`
+	Mode    string           `json:"mode"` // of the target's namespace
+	Verdict string           `json:"verdict"`
+	Reason  string           `json:"reason"`
+	Policy  string           `json:"policy,omitempty"`
+	Near    []authz.NearMiss `json:"nearMisses,omitempty"`
+	// Revision names the policy state of the target, as audit records do.
+	Revision string `json:"revision,omitempty"`
 }
 
 // AuditVerification is the result of reading the whole store.
