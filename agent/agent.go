@@ -164,8 +164,8 @@ func (a *agent) serve(ctx context.Context) error {
 	// The rest needs the node's certificate. What is above works without the
 	// control plane on what an earlier run left.
 	g.Go(func() error {
-		if a.node.join(ctx) != nil {
-			return nil // it gives up only when ctx ends
+		if !a.node.join(ctx) {
+			return nil
 		}
 		a.log.Info("node joined", "node", a.cfg.Node)
 		var inner errgroup.Group

@@ -91,21 +91,21 @@ func (n *nodeIdentity) dial(joined bool) (*grpc.ClientConn, error) {
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 }
 
-// join gets the first certificate. It tries until ctx ends: the control plane
-// may start later than the node.
-func (n *nodeIdentity) join(ctx context.Context) error {
+// join gets the first certificate and reports whether it has. It tries until
+// ctx ends: the control plane may start later than the node.
+func (n *nodeIdentity) join(ctx context.Context) bool {
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
 		if _, err := n.certificate(); err == nil {
-			return nil
+			return true
 		}
 		err := n.tryJoin(ctx)
 		if err == nil {
-			return nil
+			return true
 		}
 		n.log.Warn("joining the mesh", "error", err, "retry", wait)
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return false
 		case <-time.After(wait):
 		}
 	}
