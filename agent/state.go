@@ -152,8 +152,8 @@ func (a *agent) take(m *nodev1.NodeState) error {
 	a.state = s
 	a.mu.Unlock()
 	a.live.update(s)
+	a.attestor.SetWorkloads(s.workloads) // first: who lost an identity hears so, and not of a certificate
 	a.svids.Update(svidState(s))
-	a.attestor.SetWorkloads(s.workloads)
 	a.ready.Store(true)
 	select {
 	case a.poke <- struct{}{}:

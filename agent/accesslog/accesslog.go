@@ -157,7 +157,7 @@ func tunnel(l *line, e *audit.Event) error {
 	}
 	r.Revision = header[xds.HeaderRevision]
 	switch {
-	case header[":status"] == "403":
+	case header[":status"] == "403", header[":status"] == "401": // 401: a ztunnel's refusal
 		r.Verdict, r.Reason = audit.Denied, header[xds.HeaderReason]
 		// The peer proved its identity before it refused, or the handshake
 		// would not have ended.

@@ -16,10 +16,10 @@ import (
 const (
 	maxExecutable = 1 << 30 // bytes of the largest executable that is read
 	maxDigests    = 512     // digests that are remembered
-	// settled is how long a file must have been left alone before its digest
-	// is remembered: file systems stamp changes coarsely, so a second change
-	// right after the first may leave the same stamp.
-	settled = 2 * time.Second
+	// defaultSettled is how long a file must have been left alone before its
+	// digest is remembered: file systems stamp changes coarsely, so a second
+	// change right after the first may leave the same stamp.
+	defaultSettled = 2 * time.Second
 )
 
 // version is a file in one state. A writer cannot set ctime, so a change of
@@ -33,14 +33,15 @@ type version struct {
 // digests computes SHA-256 digests and remembers them. It is safe for
 // concurrent use.
 type digests struct {
-	turn chan struct{} // at most this many files are read at a time
+	turn    chan struct{} // bounds the files that are read at a time
+	settled time.Duration
 
 	mu    sync.Mutex
 	known map[version]string // guarded by mu
 }
 
 func newDigests() *digests {
-	return &digests{turn: make(chan struct{}, 2), known: map[version]string{}}
+	return &digests{turn: make(chan struct{}, 2), settled: defaultSettled, known: map[version]string{}}
 }
 
 // of returns the digest of f, which must be the file want and must not change
@@ -82,7 +83,7 @@ func (d *digests) of(ctx context.Context, f *os.File, want inode) (string, error
 		return "", fmt.Errorf("the executable changed while it was read")
 	}
 	sum = hex.EncodeToString(h.Sum(nil))
-	if started.Sub(time.Unix(v.ctime.Unix())) > settled {
+	if started.Sub(time.Unix(v.ctime.Unix())) > d.settled {
 		d.mu.Lock()
 		if len(d.known) >= maxDigests {
 			clear(d.known)

@@ -93,11 +93,11 @@ func open(cred *unix.Ucred, pidfd int) (p *Process, err error) {
 	}
 	if pidfd < 0 {
 		if held.pidfd, err = unix.PidfdOpen(held.PID, 0); err != nil {
-			return nil, fmt.Errorf("open process %d: %w", held.PID, err)
+			return nil, held.failed("pidfd", err)
 		}
 	}
 	if held.dir, err = unix.Open("/proc/"+strconv.Itoa(held.PID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-		return nil, fmt.Errorf("open process %d: %w", held.PID, err)
+		return nil, held.failed("directory", err)
 	}
 	// The number was the peer's when it connected. That the directory is the
 	// peer's too follows from the pidfd: it still has this number, after the
@@ -237,8 +237,8 @@ func (p *Process) link(name string) (string, error) {
 	return string(buf[:n]), nil
 }
 
-// failed says that a file of the process could not be read; ESRCH and ENOENT
-// mean that the process behind the held directory is gone.
+// failed says that something of the process could not be read; ESRCH and
+// ENOENT mean that it is gone.
 func (p *Process) failed(name string, err error) error {
 	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("process %d: %w: read %s: %w", p.PID, ErrGone, name, err)
