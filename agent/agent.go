@@ -78,6 +78,7 @@ type agent struct {
 	store    *audit.Store
 	tailer   *audit.Tailer
 	live     *live
+	plain    *plaintext
 	rules    capturing
 	client   nodev1.NodeClient
 
@@ -102,7 +103,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), poke: make(chan struct{}, 1)}
+	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), poke: make(chan struct{}, 1)}
 	a.rules.applied = map[string]bool{}
 	if a.store, err = audit.Open(filepath.Join(cfg.StateDir, "audit"), cfg.Node, cfg.Log); err != nil {
 		return fmt.Errorf("audit store: %w", err)
@@ -186,6 +187,7 @@ func (a *agent) decode(line []byte) (audit.Event, bool, error) {
 	e, ok, err := accesslog.Decode(line)
 	if ok {
 		a.live.see(&e)
+		a.plain.see(&e)
 	}
 	return e, ok, err
 }
@@ -259,7 +261,7 @@ func (a *agent) followEpoch(ctx context.Context) {
 				} else {
 					handled = epoch
 					if n > 0 {
-						a.live.forget()
+						a.live.forget(epoch)
 						a.log.Warn("a proxy died; its open connections were closed in the audit", "count", n)
 					}
 				}

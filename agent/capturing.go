@@ -69,6 +69,7 @@ func (a *agent) look(s *nodeState) {
 	}
 	a.relay.SetNamespaces(present)
 	_, current, refused := a.relay.Proxy()
+	a.plain.look(s, current && a.relay.Version() == s.xdsVersion, time.Now())
 	for key, problem := range seen {
 		switch {
 		case problem != "":
@@ -129,15 +130,13 @@ func (a *agent) hold(w *mesh.Workload) string {
 
 // listening says whether the proxy's three listeners are really there.
 func listening(w *mesh.Workload) string {
-	sockets, err := capture.Sockets(w.Capture.NetNS)
+	sockets, err := capture.Listeners(w.Capture.NetNS)
 	if err != nil {
 		return err.Error()
 	}
 	missing := map[uint16]bool{mesh.PortOutbound: true, mesh.PortInbound: true, mesh.PortTunnel: true}
 	for _, s := range sockets {
-		if s.State == capture.Listen {
-			delete(missing, s.Local.Port())
-		}
+		delete(missing, s.Local.Port())
 	}
 	for port := range maps.Keys(missing) {
 		return fmt.Sprintf("the proxy does not listen on port %d yet", port)

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -24,13 +25,20 @@ type live struct {
 	destroy func(netns string, local, remote netip.AddrPort) error
 
 	mu      sync.Mutex
-	state   *nodeState          // guarded by mu
-	conns   map[string]liveConn // guarded by mu; by record id
-	revoked map[string]string   // guarded by mu; record id -> reason, until it ended
+	state   *nodeState            // guarded by mu
+	conns   map[string]liveConn   // guarded by mu; by record id
+	revoked map[string]revocation // guarded by mu; by record id, until it ended
+}
+
+// revocation is why a connection was ended from here.
+type revocation struct {
+	start  time.Time // of the connection
+	reason string
 }
 
 // liveConn is one connection at its destination.
 type liveConn struct {
+	start    time.Time
 	from     spiffeid.ID
 	workload string // namespace/name of the destination
 	local    netip.AddrPort
@@ -38,7 +46,7 @@ type liveConn struct {
 }
 
 func newLive(log *slog.Logger) *live {
-	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, revoked: map[string]string{}}
+	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, revoked: map[string]revocation{}}
 }
 
 // load takes up the connections that were open when the agent last ran.
@@ -65,7 +73,7 @@ func (l *live) see(e *audit.Event) {
 		if why, ok := l.revoked[r.ID]; ok {
 			delete(l.revoked, r.ID)
 			r.Ended = "revoked"
-			r.Reason += "; revoked: " + why
+			r.Reason += "; revoked: " + why.reason
 		}
 		return
 	}
@@ -76,7 +84,7 @@ func (l *live) see(e *audit.Event) {
 		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
 		return
 	}
-	l.conns[r.ID] = liveConn{from: from, workload: r.Destination.Workload, local: local, remote: remote}
+	l.conns[r.ID] = liveConn{start: r.Start, from: from, workload: r.Destination.Workload, local: local, remote: remote}
 	l.judge(r.ID)
 }
 
@@ -111,19 +119,28 @@ func (l *live) judge(id string) {
 	delete(l.conns, id)
 	switch err := l.destroy(w.Capture.NetNS, c.local, c.remote); {
 	case err == nil:
-		l.revoked[id] = d.Reason
+		l.revoked[id] = revocation{start: c.start, reason: d.Reason}
 		l.log.Info("connection revoked", "from", c.from, "to", c.workload, "port", c.remote.Port(), "reason", d.Reason)
 	case !errors.Is(err, capture.ErrNotFound): // not found: it ended by itself
 		l.log.Error("a connection that is no longer allowed could not be ended", "from", c.from, "to", c.workload, "error", err)
 	}
 }
 
-// forget drops what a dead proxy had open.
-func (l *live) forget() {
+// forget drops what a dead proxy had open: the connections from before epoch.
+// Those of the proxy that runs now stay.
+func (l *live) forget(epoch time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	clear(l.conns)
-	clear(l.revoked)
+	for id, c := range l.conns {
+		if c.start.Before(epoch) {
+			delete(l.conns, id)
+		}
+	}
+	for id, r := range l.revoked {
+		if r.start.Before(epoch) {
+			delete(l.revoked, id)
+		}
+	}
 }
 
 // count returns the open connections of a workload.

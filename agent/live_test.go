@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -100,5 +101,28 @@ func TestLiveObserveEndsNothing(t *testing.T) {
 	l.update(stateWith(mesh.ModeEnforce)) // from observe to enforce: now it is ended
 	if l.count("shop/db") != 0 {
 		t.Error("still counted after the switch to enforce")
+	}
+}
+
+// TestLiveForgetsOnlyTheDeadProxy: a proxy died and the next one has
+// connections already when the agent clears up. Those must still be ended by
+// an edit; if all were forgotten, they would outlive their grant.
+func TestLiveForgetsOnlyTheDeadProxy(t *testing.T) {
+	l := newLive(slog.New(slog.DiscardHandler))
+	ended := 0
+	l.destroy = func(string, netip.AddrPort, netip.AddrPort) error { ended++; return nil }
+	l.update(stateWith(mesh.ModeEnforce, web))
+	epoch := time.Now()
+	before, after := opened("1", web, "10.0.0.1:5432"), opened("2", web, "10.0.0.1:5432")
+	before.Record.Start, after.Record.Start = epoch.Add(-time.Second), epoch.Add(time.Millisecond)
+	l.see(before)
+	l.see(after)
+	l.forget(epoch)
+	if n := l.count("shop/db"); n != 1 {
+		t.Fatalf("%d open connections, want the one of the new proxy", n)
+	}
+	l.update(stateWith(mesh.ModeEnforce))
+	if ended != 1 {
+		t.Errorf("%d ended by the edit, want 1", ended)
 	}
 }

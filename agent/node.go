@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
@@ -88,6 +89,12 @@ func (n *nodeIdentity) dial(joined bool) (*grpc.ClientConn, error) {
 	}
 	return grpc.NewClient(n.target,
 		grpc.WithTransportCredentials(credentials.NewTLS(tlsConfig)),
+		// The default would wait up to two minutes after a long absence of the
+		// control plane; edits and renewals wait with it.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 }
 

@@ -40,6 +40,7 @@ var lineFields = map[string]map[string]string{
 	},
 	LineInbound: {
 		"peer":      "%DOWNSTREAM_PEER_URI_SAN%",
+		"peerDNS":   "%DOWNSTREAM_PEER_DNS_SAN%",
 		"serial":    "%DOWNSTREAM_PEER_SERIAL%",
 		"self":      "%DOWNSTREAM_LOCAL_URI_SAN%",
 		"src":       "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",

@@ -121,6 +121,7 @@ func destinationCluster(name string, hops []hop) *clusterv3.Cluster {
 	}
 	c := &clusterv3.Cluster{
 		Name:                 name,
+		CircuitBreakers:      unlimited(),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       seconds(5),
 		LoadAssignment: &endpointv3.ClusterLoadAssignment{

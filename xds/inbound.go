@@ -80,6 +80,8 @@ func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager 
 		},
 		LocalReplyConfig: denialReply(),
 		HttpFilters: []*hcmv3.HttpFilter{
+			peerNames(),
+			oneIdentity(),
 			{
 				// Without a route's policy this denies: ALLOW with no policies.
 				Name: rbacFilter,

@@ -27,6 +27,7 @@ func (b *builder) workloadListeners() {
 func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 	const (
 		transitive = sfsv3.FilterStateValue_TRANSITIVE
+		once       = sfsv3.FilterStateValue_ONCE
 		none       = sfsv3.FilterStateValue_NONE
 	)
 	return &listenerv3.Listener{
@@ -41,7 +42,11 @@ func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 				stateValue("envoy.tls.certificate_mappers.on_demand_secret", ClientSecret(w.ID), hashable, transitive),
 				stateValue("envoy.network.upstream_bind_override.network_namespace", w.Capture.NetNS, hashable, transitive),
 				stateValue("envoy.tcp_proxy.cluster", destinationPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%", "", none),
-				stateValue(stateConn, connState(w), "envoy.string", transitive),
+				// Hashable, so that no two connections share a pool towards the
+				// tunnel listener: a pool hands the state of the connection
+				// that made it to every later one. Once, so that it ends there
+				// and the tunnels themselves are shared.
+				stateValue(stateConn, connState(w), hashable, once),
 			),
 			filter("tcp", &tcpv3.TcpProxy{
 				StatPrefix:       "out",

@@ -2,6 +2,7 @@ package xds
 
 import (
 	"fmt"
+	"math"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -39,7 +40,8 @@ const (
 func (b *builder) sharedClusters() {
 	b.add(clusterTunnel, b.tunnelCluster())
 	b.add(clusterLocal, &clusterv3.Cluster{
-		Name: clusterLocal,
+		Name:            clusterLocal,
+		CircuitBreakers: unlimited(),
 		// Read from the application one chunk at a time, so that its end of
 		// data is noticed after the chunks before it and not with them; see
 		// docs/decisions.md, "Servers that close first".
@@ -55,6 +57,7 @@ func (b *builder) sharedClusters() {
 	})
 	b.add(clusterPlain, &clusterv3.Cluster{
 		Name:                 clusterPlain,
+		CircuitBreakers:      unlimited(),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:       seconds(5),
@@ -66,12 +69,25 @@ func (b *builder) sharedClusters() {
 	})
 }
 
+// unlimited takes away the proxy's default of 1,024 connections at a time for
+// a cluster. All tunnels of a node are one cluster, and all callers of a
+// service share one: any of them could use the number up and have the
+// connections of the others refused. What bounds a node is its file limit.
+func unlimited() *clusterv3.CircuitBreakers {
+	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+		MaxConnections:     u32(math.MaxUint32),
+		MaxPendingRequests: u32(math.MaxUint32),
+		MaxRequests:        u32(math.MaxUint32),
+	}}}
+}
+
 // tunnelCluster is the one cluster through which all mTLS tunnels leave. Three
 // things vary per connection, and arrive as filter state: the address to dial,
 // the identity that the peer must prove, and the certificate to present.
 func (b *builder) tunnelCluster() *clusterv3.Cluster {
 	return &clusterv3.Cluster{
 		Name:                 clusterTunnel,
+		CircuitBreakers:      unlimited(),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:       seconds(5),

@@ -36,6 +36,7 @@ type line struct {
 	Self      string `json:"self"`
 	Client    string `json:"client"`
 	Peer      string `json:"peer"`
+	PeerDNS   string `json:"peerDNS"`
 	Want      string `json:"want"`
 	Endpoint  string `json:"endpoint"`
 	Authority string `json:"authority"`
@@ -103,8 +104,9 @@ func Decode(b []byte) (audit.Event, bool, error) {
 	if e.Final {
 		e.Record.End = start.Add(time.Duration(l.MS) * time.Millisecond)
 	}
-	if e.Record.Verdict == audit.Denied {
-		// What was counted is the refusal itself; the application saw nothing.
+	if v := e.Record.Verdict; v == audit.Denied || v == audit.Failed {
+		// What was counted is the proxy's own answer; the applications
+		// exchanged nothing.
 		e.Record.BytesSent, e.Record.BytesReceived = 0, 0
 	}
 	return e, true, nil
@@ -120,6 +122,10 @@ func inbound(l *line, e *audit.Event) {
 	r.TLS = negotiated(l)
 	r.Revision = l.Revision
 	switch {
+	case l.Code == 403 && severalNames(l):
+		// None of the names is the caller's.
+		r.Source.ID = ""
+		r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: its certificate has several names: "+strings.Trim(l.Peer+","+l.PeerDNS, ",")
 	case l.Code == 403:
 		r.Verdict, r.Reason = audit.Denied, l.Deny
 		if r.Reason == "" {
@@ -137,6 +143,12 @@ func inbound(l *line, e *audit.Event) {
 	if e.Final && r.Verdict != audit.Denied {
 		r.Ended = flags(l.Flags)
 	}
+}
+
+// severalNames reports whether a certificate names more than one identity, as
+// the proxy sees it; see package xds.
+func severalNames(l *line) bool {
+	return strings.Contains(l.Peer, ",") || strings.Contains(l.PeerDNS, ":")
 }
 
 // tunnel is a connection that left, or should have left, through a tunnel.

@@ -86,6 +86,15 @@ func Sockets(netns string) (list []Socket, err error) {
 	return list, err
 }
 
+// Listeners lists the TCP sockets that listen; see NS.Listeners.
+func Listeners(netns string) (list []Socket, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		list, err = ns.Listeners()
+		return err
+	})
+	return list, err
+}
+
 // Destroy ends one connection; see NS.Destroy.
 func Destroy(netns string, local, remote netip.AddrPort) error {
 	return with(netns, func(ns *NS) error { return ns.Destroy(local, remote) })

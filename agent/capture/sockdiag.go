@@ -69,10 +69,13 @@ var errDiagBroken = errors.New("diagnosis socket")
 
 func (d *diagConn) close() error { return unix.Close(d.fd) }
 
-// dump lists the TCP sockets of one family.
-func (d *diagConn) dump(family uint8) ([]Socket, error) {
+// allStates asks for sockets in every state.
+const allStates = 0xffffffff
+
+// dump lists the TCP sockets of one family in the given states, a bit for each.
+func (d *diagConn) dump(family uint8, states uint32) ([]Socket, error) {
 	var out []Socket
-	err := d.request(sockDiagByFamily, unix.NLM_F_DUMP, diagKey{family: family}, func(body []byte) error {
+	err := d.request(sockDiagByFamily, unix.NLM_F_DUMP, diagKey{family: family}, states, func(body []byte) error {
 		s, err := parseSocket(body)
 		out = append(out, s)
 		return err
@@ -94,7 +97,7 @@ func (d *diagConn) get(local, remote netip.AddrPort) (s Socket, err error) {
 		key.id[i] = 0xff
 	}
 	// The answer is the socket, then the acknowledgement.
-	err = d.request(sockDiagByFamily, unix.NLM_F_ACK, key, func(body []byte) (err error) {
+	err = d.request(sockDiagByFamily, unix.NLM_F_ACK, key, allStates, func(body []byte) (err error) {
 		s, err = parseSocket(body)
 		return err
 	})
@@ -106,7 +109,7 @@ func (d *diagConn) get(local, remote netip.AddrPort) (s Socket, err error) {
 
 // destroy ends the socket that key names, cookie included.
 func (d *diagConn) destroy(key diagKey) error {
-	err := d.request(sockDestroy, unix.NLM_F_ACK, key, nil)
+	err := d.request(sockDestroy, unix.NLM_F_ACK, key, allStates, nil)
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ESTALE):
 		return ErrNotFound
@@ -120,7 +123,7 @@ func (d *diagConn) destroy(key diagKey) error {
 
 // request sends one message and hands the body of each answer to f, until
 // the acknowledgement or the end of the dump.
-func (d *diagConn) request(kind, flags uint16, key diagKey, f func([]byte) error) error {
+func (d *diagConn) request(kind, flags uint16, key diagKey, states uint32, f func([]byte) error) error {
 	d.seq++
 	const total = unix.NLMSG_HDRLEN + diagRequestLen
 	var m [total]byte
@@ -129,7 +132,7 @@ func (d *diagConn) request(kind, flags uint16, key diagKey, f func([]byte) error
 	binary.NativeEndian.PutUint16(m[6:], unix.NLM_F_REQUEST|flags)
 	binary.NativeEndian.PutUint32(m[8:], d.seq)
 	m[16], m[17] = key.family, unix.IPPROTO_TCP
-	binary.NativeEndian.PutUint32(m[20:], 0xffffffff) // all states
+	binary.NativeEndian.PutUint32(m[20:], states)
 	copy(m[24:], key.id[:])
 	if err := unix.Sendto(d.fd, m[:], 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("%w: send: %w", errDiagBroken, err)
