@@ -68,7 +68,7 @@ not be in force. The port is the one on the workload, not the service's.
 
 Exit code 0 when allowed, 3 when denied.`,
 		Example: `  signet policy explain --from shop/web --to pay/ledger --port 8443
-  signet policy explain -c examples/quickstart --from shop/web --to pay/ledger --port 8443
+  signet policy explain -c examples/quickstart --from shop/web --to shop/orders --port 8080
   signet policy explain --from spiffe://mesh.example/ns/shop/sa/web --to pay/ledger --port 8443 -o json`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
