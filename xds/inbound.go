@@ -82,6 +82,7 @@ func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager 
 		HttpFilters: []*hcmv3.HttpFilter{
 			peerNames(),
 			oneIdentity(),
+			applicationPort(),
 			{
 				// Without a route's policy this denies: ALLOW with no policies.
 				Name: rbacFilter,

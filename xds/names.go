@@ -37,6 +37,9 @@ const (
 // Filter state that describes a captured connection; read by the access log.
 const stateConn = "signet.conn"
 
+// statePool is the filter state key by whose value tunnels are shared.
+const statePool = "signet.pool"
+
 // ClientSecret is the SDS name of the certificate that a workload dials with.
 func ClientSecret(id spiffeid.ID) string { return id.String() }
 

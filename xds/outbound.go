@@ -38,9 +38,13 @@ func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 			setState(
 				// Hashable, so that the tunnel pool is partitioned by it:
 				// otherwise one workload's connections could travel in a
-				// tunnel opened with another workload's certificate.
-				stateValue("envoy.tls.certificate_mappers.on_demand_secret", ClientSecret(w.ID), hashable, transitive),
-				stateValue("envoy.network.upstream_bind_override.network_namespace", w.Capture.NetNS, hashable, transitive),
+				// tunnel opened with another workload's certificate, or from
+				// another's namespace. It is the only hashable value that
+				// reaches the tunnel: the proxy hashes them in no fixed order,
+				// so two would give one workload several pools for the same.
+				stateValue(statePool, ClientSecret(w.ID)+" "+w.Capture.NetNS, hashable, transitive),
+				stateValue("envoy.tls.certificate_mappers.on_demand_secret", ClientSecret(w.ID), "envoy.string", transitive),
+				stateValue("envoy.network.upstream_bind_override.network_namespace", w.Capture.NetNS, "envoy.string", transitive),
 				stateValue("envoy.tcp_proxy.cluster", destinationPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%", "", none),
 				// Hashable, so that no two connections share a pool towards the
 				// tunnel listener: a pool hands the state of the connection

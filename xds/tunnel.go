@@ -34,6 +34,13 @@ const (
 	// tunnelStreams bounds the connections that share one tunnel, and so
 	// what one broken tunnel can take with it.
 	tunnelStreams = 100
+	// tunnelLifetime bounds the connections that one tunnel carries in its
+	// life; then a new one takes over and the old one ends with its last
+	// connection. The HTTP/2 library at the other end breaks a tunnel in which
+	// 1,000 streams were reset in short time (later 33 more a second), with
+	// every connection in it, and cannot be told not to. Below that number no
+	// client's resets can come so far.
+	tunnelLifetime = 900
 )
 
 // sharedClusters adds the four clusters that every node has.
@@ -99,6 +106,7 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 		}},
 		TypedExtensionProtocolOptions: map[string]*anypb.Any{
 			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
+				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{MaxRequestsPerConnection: u32(tunnelLifetime)},
 				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
 					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
 						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
@@ -205,7 +213,9 @@ func (b *builder) tunnelListener() {
 		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
 		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
 			setState(
-				stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaTunnel), "", once),
+				// Not shared with the tunnel's connection: it would be one
+				// more hashable value there; see statePool.
+				stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaTunnel), "", sfsv3.FilterStateValue_NONE),
 				stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
 			),
 			filter("tcp", &tcpv3.TcpProxy{

@@ -62,6 +62,9 @@ type line struct {
 	} `json:"responded"`
 }
 
+// maxMS is the longest connection that a line is believed, in milliseconds: 68 years.
+const maxMS = math.MaxInt32 * 1000
+
 // Decode reads one line. It reports false for a line that carries no record of
 // its own, because another line describes the same connection.
 func Decode(b []byte) (audit.Event, bool, error) {
@@ -72,6 +75,9 @@ func Decode(b []byte) (audit.Event, bool, error) {
 	start, err := parseTime(l.Start)
 	if err != nil {
 		return audit.Event{}, false, fmt.Errorf("access log: start: %w", err)
+	}
+	if l.MS < 0 || l.MS > maxMS {
+		return audit.Event{}, false, fmt.Errorf("access log: ms: %d is not a duration from 0 to %d ms", l.MS, int64(maxMS))
 	}
 	e := audit.Event{Record: audit.Record{
 		ID: l.ID, Start: start, BytesSent: l.Sent, BytesReceived: l.Received,
@@ -280,9 +286,9 @@ func parseTime(s string) (time.Time, error) {
 	if err != nil || !ok || len(frac) != 6 || n < 0 || n > math.MaxInt32*4 {
 		return time.Time{}, fmt.Errorf("%q is not seconds and microseconds", s)
 	}
-	micro, err := strconv.ParseInt(frac, 10, 64)
-	if err != nil || micro < 0 {
+	micro, err := strconv.ParseUint(frac, 10, 32) // takes no sign
+	if err != nil {
 		return time.Time{}, fmt.Errorf("%q is not seconds and microseconds", s)
 	}
-	return time.Unix(n, micro*1000).UTC(), nil
+	return time.Unix(n, int64(micro)*1000).UTC(), nil
 }

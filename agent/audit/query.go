@@ -130,6 +130,9 @@ func (s *Store) Query(ctx context.Context, f Filter, fn func(Record) error) erro
 	if err := f.check(); err != nil {
 		return err
 	}
+	if f.Open != nil && *f.Open {
+		return s.queryOpen(ctx, f, fn)
+	}
 	segments, heads, err := s.snapshot()
 	if err != nil {
 		return err

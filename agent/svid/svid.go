@@ -70,7 +70,7 @@ func (s *SVID) held(workloads []string) *SVID {
 func newSVID(id spiffeid.ID, leaf *x509.Certificate, chain [][]byte, key crypto.Signer, renewAt time.Time) *SVID {
 	return &SVID{
 		ID: id, Chain: chain, Key: key,
-		Serial:    leaf.SerialNumber.Text(16),
+		Serial:    hex.EncodeToString(leaf.SerialNumber.Bytes()), // as the proxy and the issuance log write it
 		Issuer:    hex.EncodeToString(leaf.AuthorityKeyId),
 		NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, RenewAt: renewAt,
 	}

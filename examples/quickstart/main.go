@@ -1,4 +1,4 @@
-// The quickstart shows a mesh at work on one machine: it starts the documents
+// Command quickstart shows a mesh at work on one machine: it starts the documents
 // of this folder in throwaway network namespaces, lets unmodified programs
 // talk through them, and checks everything it shows against the audit.
 //
