@@ -21,6 +21,7 @@ type capturing struct {
 	mu      sync.Mutex
 	applied map[string]bool   // guarded by mu; namespaces with our rules
 	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
+	proxy   uint64            // guarded by mu; the relay's generation when that was seen
 }
 
 // lookEvery is how often the kernel's rules are read back.
@@ -68,15 +69,16 @@ func (a *agent) look(s *nodeState) {
 		seen[w.Key()] = a.hold(w)
 	}
 	a.relay.SetNamespaces(present)
-	_, current, refused := a.relay.Proxy()
+	proxy := a.relay.Generation() // before looking at it
+	connected, current, refused := a.relay.Proxy()
 	a.plain.look(s, current && a.relay.Version() == s.xdsVersion, time.Now())
 	for key, problem := range seen {
 		switch {
 		case problem != "":
 		case refused != "":
 			seen[key] = "the proxy refused its configuration: " + refused
-		case !current:
-			seen[key] = "the proxy has not taken its configuration yet"
+		case !connected:
+			seen[key] = "the proxy is not connected"
 		default:
 			seen[key] = listening(s.workload(key))
 		}
@@ -95,7 +97,7 @@ func (a *agent) look(s *nodeState) {
 		a.log.Info("network namespace released", "netns", netns)
 		delete(a.rules.applied, netns)
 	}
-	a.rules.seen = seen
+	a.rules.seen, a.rules.proxy = seen, proxy
 }
 
 // hold puts one namespace's rules in place if they are not, and returns what

@@ -67,7 +67,7 @@ func TestDecode(t *testing.T) {
 		"out-tunnelled":                 {}, // the tunnel's line is the record
 		"out-no-such-destination":       {true, audit.Source, audit.Denied, "plaintext", sa("shop", "second"), "", "", "no such destination", 0, 0, ""},
 		"out-unreachable":               {true, audit.Source, audit.Failed, "plaintext", client, "", "", "Connection_refused", 0, 0, ""},
-		"out-plain--":                   {true, audit.Source, audit.Allowed, "plaintext", client, "", "", "outside the mesh", 33, 133, ""},
+		"out-plain":                     {true, audit.Source, audit.Allowed, "plaintext", client, "", "", "outside the mesh", 33, 133, ""},
 		"plain-enforce":                 {true, audit.Destination, audit.Denied, "plaintext", "", "", "", "plaintext: shop/server takes only", 0, 0, ""},
 		"plain-observe":                 {true, audit.Destination, audit.Observed, "plaintext", "", "", "", "plaintext: the caller proved no identity", 100, 50, ""},
 		"handshake-of-a-tunnel":         {}, // its streams are the records

@@ -11,6 +11,7 @@ import (
 )
 
 // SetNamespaces says which network namespaces exist (path to inode number).
+// Until the first call the proxy gets nothing.
 // Listeners in others are held back: the proxy would refuse them for good. A
 // namespace that was made anew under the same path gets new listeners.
 func (r *Relay) SetNamespaces(present map[string]uint64) {

@@ -40,6 +40,7 @@ type answer struct {
 // proxyState is what the proxy's stream last reported.
 type proxyState struct {
 	streams int
+	opened  uint64  // streams so far
 	settled xds.Set // the set that the proxy has taken, nil if none
 	refused string  // the newest refusal since it last settled
 }
@@ -124,6 +125,14 @@ func (r *Relay) Proxy() (connected, current bool, refused string) {
 	return p.streams > 0, p.streams > 0 && p.settled != nil && sameSet(p.settled, r.merged), p.refused
 }
 
+// Generation counts the proxy's connections so far. What was seen of a proxy
+// at one count says nothing about the proxy at another.
+func (r *Relay) Generation() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.proxy.opened
+}
+
 // sameSet reports whether two sets are the same object.
 func sameSet(a, b xds.Set) bool {
 	return a != nil && b != nil && a.Version() == b.Version()
@@ -162,8 +171,12 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 }
 
 // publish rebuilds what the proxy sees and wakes its stream. mu is held.
+//
+// Nothing is there to see before it is known which namespaces exist: a proxy
+// that has worked through a restart of the agent would take the listeners
+// that are still held back for removed ones, and end their connections.
 func (r *Relay) publish() {
-	if r.upstream != nil {
+	if r.upstream != nil && r.present != nil {
 		m := xds.Set{}
 		maps.Copy(m, r.upstream)
 		m[xds.TypeSecret] = r.secrets

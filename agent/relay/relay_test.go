@@ -145,6 +145,7 @@ func TestCopySurvivesControlPlane(t *testing.T) {
 	cache := filepath.Join(t.TempDir(), "xds.pb")
 	log := slog.New(slog.DiscardHandler)
 	r := New(Config{Cache: cache, Keys: noKeys{}, Log: log})
+	r.SetNamespaces(map[string]uint64{})
 	if set, _ := r.Resources(); set != nil {
 		t.Fatal("a relay that never heard of the control plane has resources: the proxy would take them for all there is")
 	}
@@ -159,6 +160,7 @@ func TestCopySurvivesControlPlane(t *testing.T) {
 	}
 	stop()
 	again := New(Config{Cache: cache, Keys: noKeys{}, Log: log})
+	again.SetNamespaces(map[string]uint64{})
 	if again.Version() != r.Version() || !has(again, xds.TypeCluster, "b") {
 		t.Error("a relay that starts anew does not have the last good copy")
 	}
@@ -173,6 +175,7 @@ func TestOnDemandPassesThrough(t *testing.T) {
 	conn, stopServer := u.serve(t)
 	defer stopServer()
 	r := New(Config{Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
+	r.SetNamespaces(map[string]uint64{})
 	defer follow(t, r, conn)()
 	if _, a := r.Lookup(xds.TypeCluster, "tunnel"); a != xdsserver.Absent {
 		t.Errorf("a name that is no destination: %v", a)
@@ -199,6 +202,10 @@ func TestListenersWaitForTheirNamespace(t *testing.T) {
 	r := New(Config{Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
 	defer follow(t, r, conn)()
 	eventually(t, "the copy", func() bool { return r.Version() == u.set.Version() })
+	if set, _ := r.Resources(); set != nil {
+		t.Error("resources without knowing which namespaces exist")
+	}
+	r.SetNamespaces(map[string]uint64{"/run/netns/other": 3})
 	if !has(r, xds.TypeListener, "tunnel") || has(r, xds.TypeListener, "in|a@7") {
 		t.Error("want the tunnel listener, and none in a namespace that does not exist")
 	}
@@ -212,6 +219,26 @@ func TestListenersWaitForTheirNamespace(t *testing.T) {
 	}
 }
 
+// TestRestartRemovesNoListener: an agent that starts again has the copy from
+// the start, and learns which namespaces exist a little later. The proxy, which
+// has worked on meanwhile, may ask in between; if it were told of the copy
+// without the listeners in namespaces, it would remove those and end every
+// connection of the node.
+func TestRestartRemovesNoListener(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "xds.pb")
+	if err := saveCopy(path, setOf(listener(t, "in|a", "/run/netns/a"), cluster(t, "a", 1))); err != nil {
+		t.Fatal(err)
+	}
+	r := New(Config{Cache: path, Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
+	if set, _ := r.Resources(); set != nil {
+		t.Errorf("the proxy sees %v before it is known which namespaces exist", set)
+	}
+	r.SetNamespaces(map[string]uint64{"/run/netns/a": 7})
+	if !has(r, xds.TypeListener, "in|a@7") || !has(r, xds.TypeCluster, "a") {
+		t.Error("the proxy does not get the copy")
+	}
+}
+
 // TestDamagedCopy: a copy that cannot be read is not half used.
 func TestDamagedCopy(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "xds.pb")
@@ -222,6 +249,7 @@ func TestDamagedCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := New(Config{Cache: path, Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
+	r.SetNamespaces(map[string]uint64{})
 	if set, _ := r.Resources(); set != nil {
 		t.Error("a damaged copy was used")
 	}

@@ -16,6 +16,7 @@ func (r *Relay) Server() *xdsserver.Server {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.proxy.streams++
+			r.proxy.opened++
 			r.log.Info("proxy connected")
 			return r, (*subscriber)(r), nil
 		},
