@@ -62,8 +62,8 @@ func (a *agent) status() adminv1.AgentStatus {
 				ws.Problem = "not looked at yet"
 			case problem != "":
 				ws.Problem = problem
-			case !current || a.rules.proxy != a.relay.Generation():
-				ws.Problem = "the proxy has not taken its configuration yet"
+			case !connected || a.rules.proxy != a.relay.Generation():
+				ws.Problem = "the proxy is not connected, or has not been looked at yet"
 			default:
 				ws.Captured = true
 			}

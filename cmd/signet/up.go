@@ -191,7 +191,8 @@ func (m *machine) agent() supervise.Process {
 func (m *machine) proxy() supervise.Process {
 	args := []string{
 		"--config-path", m.bootstrap(), "--disable-hot-restart", "--log-level", "warning",
-		"--file-flush-interval-msec", "20", "--drain-time-s", "2", "--drain-strategy", "immediate",
+		"--file-flush-interval-msec", "20", // A listener that is replaced gives its open connections this long.
+		"--drain-time-s", "600", "--drain-strategy", "immediate",
 	}
 	if m.concurrency > 0 {
 		args = append(args, "--concurrency", strconv.Itoa(m.concurrency))
