@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"testing"
@@ -74,14 +75,18 @@ func TestAllowedAndDenied(t *testing.T) {
 		}
 		d.Close()
 	}
-	count := map[audit.Verdict]int{}
-	for _, r := range m.Records(adminclient.AuditQuery{}) {
-		count[r.Verdict]++
-		if r.TLS == nil && r.Verdict == audit.Allowed || r.TLS != nil && r.TLS.Group != "X25519MLKEM768" {
-			t.Errorf("record %d: TLS %+v, want X25519MLKEM768", r.Seq, r.TLS)
+	// The proxy writes its lines within some 20 ms of the event.
+	m.Eventually(10*time.Second, "4 allowed and 4 denied records, one for each connection and side", func() error {
+		count := map[audit.Verdict]int{}
+		for _, r := range m.Records(adminclient.AuditQuery{}) {
+			count[r.Verdict]++
+			if r.TLS == nil && r.Verdict == audit.Allowed || r.TLS != nil && r.TLS.Group != "X25519MLKEM768" {
+				t.Errorf("record %d: TLS %+v, want X25519MLKEM768", r.Seq, r.TLS)
+			}
 		}
-	}
-	if count[audit.Allowed] != 4 || count[audit.Denied] != 4 {
-		t.Errorf("audit has %v, want 4 allowed and 4 denied: one for each connection and side", count)
-	}
+		if count[audit.Allowed] != 4 || count[audit.Denied] != 4 {
+			return fmt.Errorf("the audit has %v", count)
+		}
+		return nil
+	})
 }
