@@ -57,13 +57,16 @@ func loadCopy(path string) (xds.Set, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	set := xds.Set{}
+	for _, t := range types {
+		set[t] = map[string]xds.Resource{} // a type may have nothing in it
+	}
 	for _, r := range doc.GetResources() {
 		if r.GetResource() == nil || r.GetName() == "" {
 			return nil, fmt.Errorf("%s: an entry without a name or body", path)
 		}
 		set.Put(xds.Resource{Name: r.GetName(), Version: r.GetVersion(), Body: r.GetResource()})
 	}
-	if len(set) == 0 {
+	if len(doc.GetResources()) == 0 {
 		return nil, nil
 	}
 	return set, nil

@@ -170,13 +170,25 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	}
 }
 
+// whole reports whether the copy has every type: what is taken up for the first
+// time comes type by type, and a part of it would look to a running proxy as if
+// the rest were removed. mu is held.
+func (r *Relay) whole() bool {
+	for _, t := range types {
+		if r.upstream[t] == nil {
+			return false
+		}
+	}
+	return true
+}
+
 // publish rebuilds what the proxy sees and wakes its stream. mu is held.
 //
 // Nothing is there to see before it is known which namespaces exist: a proxy
 // that has worked through a restart of the agent would take the listeners
 // that are still held back for removed ones, and end their connections.
 func (r *Relay) publish() {
-	if r.upstream != nil && r.present != nil {
+	if r.upstream != nil && r.present != nil && r.whole() {
 		m := xds.Set{}
 		maps.Copy(m, r.upstream)
 		m[xds.TypeSecret] = r.secrets

@@ -255,3 +255,20 @@ func TestDamagedCopy(t *testing.T) {
 	}
 }
 func writeGarbage(path string) error { return os.WriteFile(path, []byte{0xff, 0xff, 0xff}, 0o600) }
+
+// TestFirstCopyComesWhole: a relay without a copy, beside a proxy that has
+// worked on, hears of one type after the other. A proxy that is told of the
+// first of them only would take its listeners for removed.
+func TestFirstCopyComesWhole(t *testing.T) {
+	r := New(Config{Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
+	r.SetNamespaces(map[string]uint64{})
+	r.apply(xds.TypeCluster, []xds.Resource{cluster(t, "a", 1)}, nil)
+	r.apply(xds.TypeListener, []xds.Resource{listener(t, "tunnel", "")}, nil)
+	if set, _ := r.Resources(); set != nil {
+		t.Fatal("the proxy sees a copy of which routes are still to come")
+	}
+	r.apply(xds.TypeRoute, nil, nil) // an answer, even if there is nothing
+	if !has(r, xds.TypeCluster, "a") || !has(r, xds.TypeListener, "tunnel") {
+		t.Error("the copy is whole and the proxy does not see it")
+	}
+}
