@@ -238,12 +238,12 @@ func TestIssuerIsNotBelieved(t *testing.T) {
 		{name: "garbage", want: "certificate 0", chain: func(*issuer, [][]byte) [][]byte { return [][]byte{{1, 2, 3}} }},
 		{name: "too many", want: "at most", chain: func(_ *issuer, c [][]byte) [][]byte { return slices.Repeat(c, 20) }},
 		{name: "intermediate missing", want: "unknown authority", chain: func(_ *issuer, c [][]byte) [][]byte { return c[:1] }},
-		{name: "another key", want: "another public key", chain: func(is *issuer, c [][]byte) [][]byte {
+		{name: "another key", want: "another public key", chain: func(is *issuer, _ [][]byte) [][]byte {
 			_, csr, err := newRequest()
 			if err != nil {
 				t.Error(err)
 			}
-			c, err = is.issue("default/web", csr)
+			c, err := is.issue("default/web", csr)
 			if err != nil {
 				t.Error(err)
 			}

@@ -181,7 +181,7 @@ func TestRedisTraffic(t *testing.T) {
 						return nil
 					}
 				}
-				return fmt.Errorf("no %q: %v", line, in.Err())
+				return fmt.Errorf("no %q: %w", line, in.Err())
 			}
 			ready <- errors.Join(await("subscribe"), await("news"), await("1"))
 			var err error

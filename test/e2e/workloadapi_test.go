@@ -108,7 +108,7 @@ spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q, sha256: %[4]q}}
 	m.Edit("mesh.yaml", base+entry("app", wrong))
 	m.Eventually(10*time.Second, "the identity to be taken away", func() error {
 		if _, err := workloadapi.FetchX509SVID(ctx, socket); status.Code(err) != codes.PermissionDenied {
-			return fmt.Errorf("got %v, want PermissionDenied", err)
+			return fmt.Errorf("got %w, want PermissionDenied", err)
 		}
 		return nil
 	})

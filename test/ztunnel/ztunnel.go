@@ -149,7 +149,7 @@ func (p *Proxy) ready(ctx context.Context, pod *lab.Pod) error {
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("ztunnel in pod %s ended: %v", pod.Name, p.err)
+			return fmt.Errorf("ztunnel in pod %s ended: %w", pod.Name, p.err)
 		case <-ctx.Done():
 			return fmt.Errorf("ztunnel in pod %s is not ready: %w", pod.Name, err)
 		case <-time.After(50 * time.Millisecond):
