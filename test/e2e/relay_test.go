@@ -24,8 +24,8 @@ import (
 // tunnel is a client of a pod's tunnel port that is no proxy of the mesh, but
 // has a certificate that one could have.
 type tunnel struct {
-	conn *http2.ClientConn //nolint:staticcheck // the standard library's has no CONNECT with a body yet
-	own  string // its address
+	conn *http2.ClientConn //nolint:staticcheck // speaks CONNECT over a connection made here
+	own  string            // its address
 }
 
 // openTunnel opens one from inside a pod, until the test ends.
