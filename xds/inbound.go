@@ -70,7 +70,7 @@ func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager 
 		RequestHeadersTimeout: seconds(5),
 		Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
 			AllowConnect:                true,
-			InitialStreamWindowSize:     u32(65535 * 2),
+			InitialStreamWindowSize:     u32(inboundWindow),
 			InitialConnectionWindowSize: u32(inboundTunnel),
 		},
 		UpgradeConfigs: []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "CONNECT"}},

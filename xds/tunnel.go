@@ -29,7 +29,7 @@ import (
 const (
 	streamWindow     = 8 << 20   // per connection, towards the caller
 	connectionWindow = 256 << 20 // per tunnel, towards the caller
-	inboundWindow    = 128 << 10 // per connection, towards the server
+	inboundWindow    = 2 * 65535 // per connection, towards the server
 	inboundTunnel    = 16 << 20  // per tunnel, towards the server
 	// tunnelStreams bounds the connections that share one tunnel, and so
 	// what one broken tunnel can take with it.
