@@ -2,6 +2,7 @@ package manifest
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
@@ -86,7 +87,11 @@ func (b *builder) endpoints(d *document, endpoints []v1alpha1.ServiceEndpoint) [
 		d.fault(CodeRequired, "spec.endpoints", "is empty; give the service at least one endpoint")
 	}
 	var out []mesh.Endpoint
-	seen := map[mesh.Endpoint]bool{}
+	type target struct {
+		workload string
+		addr     netip.Addr
+	}
+	seen := map[target]bool{}
 	for i, e := range endpoints {
 		field := fmt.Sprintf("spec.endpoints[%d]", i)
 		var endpoint mesh.Endpoint
@@ -113,10 +118,11 @@ func (b *builder) endpoints(d *document, endpoints []v1alpha1.ServiceEndpoint) [
 			}
 			endpoint.Addr = addr
 		}
-		if seen[endpoint] {
+		key := target{endpoint.Workload, endpoint.Addr}
+		if seen[key] {
 			d.fault(CodeDuplicate, field, "the endpoint is listed twice")
 		}
-		seen[endpoint] = true
+		seen[key] = true
 		out = append(out, endpoint)
 	}
 	return out

@@ -65,8 +65,11 @@ type State struct {
 	// RefuseUnknown closes connections to destinations outside the mesh.
 	RefuseUnknown bool
 	Namespaces    map[string]Mode // absent means ModeOff
-	Workloads     []Workload
-	Services      []Service
+	// Excluded are the pods that opted out of an enrolled namespace, where its
+	// owner allows that: pod UID to node.
+	Excluded  map[string]string
+	Workloads []Workload
+	Services  []Service
 }
 
 // Workload is one identity in one place.
@@ -76,8 +79,11 @@ type Workload struct {
 	ServiceAccount string
 	ID             spiffeid.ID
 	Node           string
-	Attest         *Attest  // nil: not available over the Workload API
-	Capture        *Capture // nil: not captured
+	// UID tells one pod from the next of the same name. Empty for workloads
+	// that are declared and not watched.
+	UID     string
+	Attest  *Attest  // nil: not available over the Workload API
+	Capture *Capture // nil: not captured
 }
 
 // Key returns "namespace/name".
@@ -91,12 +97,20 @@ type Attest struct {
 	SHA256      string
 	SystemdUnit string
 	Cgroup      string
+	PodUID      string
 }
 
 // Capture is a network namespace whose TCP traffic passes the node proxy.
 type Capture struct {
-	NetNS string // absolute path
+	// NetNS is an absolute path. Of a pod only its own node knows it: it is
+	// empty elsewhere.
+	NetNS string
+	// Addrs are the namespace's own addresses. On the pod's own node they are
+	// read from the namespace; elsewhere they are what the API server says.
 	Addrs []netip.Addr
+	// Probes are the ports that the pod declares probes on. The node's kubelet
+	// may connect to them without a tunnel.
+	Probes []uint16
 }
 
 // Service is a virtual address in front of endpoints.
@@ -106,6 +120,12 @@ type Service struct {
 	VIPs      []netip.Addr
 	Ports     []ServicePort
 	Endpoints []Endpoint
+	// Local keeps connections on the caller's node
+	// (internalTrafficPolicy: Local).
+	Local bool
+	// Affinity sends the connections of one caller to one endpoint
+	// (sessionAffinity: ClientIP).
+	Affinity bool
 }
 
 // Key returns "namespace/name".
@@ -123,6 +143,22 @@ type ServicePort struct {
 type Endpoint struct {
 	Workload string
 	Addr     netip.Addr
+	// Node is where the endpoint runs; empty when not known.
+	Node string
+	// Targets are the endpoint's own ports, one for each of the service's
+	// Ports; 0 where it does not serve that port. Nil: the service's targets.
+	Targets []uint16
+}
+
+// Target returns the endpoint's port for the i-th port of its service.
+func (e *Endpoint) Target(s *Service, i int) (port uint16, ok bool) {
+	if e.Targets == nil {
+		return s.Ports[i].Target, true
+	}
+	if i >= len(e.Targets) || e.Targets[i] == 0 {
+		return 0, false
+	}
+	return e.Targets[i], true
 }
 
 // Workload returns the workload with the given key, or nil.

@@ -30,8 +30,8 @@ const (
 
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
-	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"` // PKCS#10, DER; only its public key is used
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // a join token, or a projected service account token
+	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`     // PKCS#10, DER; only its public key is used
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -180,6 +180,7 @@ type IssueRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // namespace/name of a workload on the calling node
 	Csr           []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`           // PKCS#10, DER; no SAN, or exactly the workload's ID
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`           // the pod's UID; empty for a workload that has none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -226,6 +227,13 @@ func (x *IssueRequest) GetCsr() []byte {
 		return x.Csr
 	}
 	return nil
+}
+
+func (x *IssueRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
 }
 
 type IssueResponse struct {
@@ -321,7 +329,9 @@ func (x *WatchRequest) GetRevision() string {
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The newest revision that the node's proxy has taken in full.
-	Revision      string `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision string `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Every enrolled workload of the node, as the agent last saw it.
+	Workloads     []*WorkloadReport `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -363,6 +373,75 @@ func (x *ReportRequest) GetRevision() string {
 	return ""
 }
 
+func (x *ReportRequest) GetWorkloads() []*WorkloadReport {
+	if x != nil {
+		return x.Workloads
+	}
+	return nil
+}
+
+type WorkloadReport struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Workload string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // namespace/name
+	Uid      string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
+	// What is wrong; empty: its capture and the proxy's listeners have just
+	// been looked at, and are in place.
+	Problem       string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadReport) Reset() {
+	*x = WorkloadReport{}
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadReport) ProtoMessage() {}
+
+func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadReport.ProtoReflect.Descriptor instead.
+func (*WorkloadReport) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *WorkloadReport) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *WorkloadReport) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *WorkloadReport) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -371,7 +450,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -383,7 +462,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -396,7 +475,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 // NodeState is all that a node's agent works with.
@@ -410,14 +489,24 @@ type NodeState struct {
 	Policies       []*Policy              `protobuf:"bytes,6,rep,name=policies,proto3" json:"policies,omitempty"`   // policies that protect them
 	// The content hash of the node's xDS resources in this revision: when the
 	// proxy has taken resources with this hash, the revision is in force.
-	XdsVersion    string `protobuf:"bytes,7,opt,name=xds_version,json=xdsVersion,proto3" json:"xds_version,omitempty"`
+	XdsVersion string `protobuf:"bytes,7,opt,name=xds_version,json=xdsVersion,proto3" json:"xds_version,omitempty"`
+	// The identities that exist and match a policy's pattern whose wildcard is
+	// not its last segment.
+	Identities []string `protobuf:"bytes,8,rep,name=identities,proto3" json:"identities,omitempty"`
+	// Every namespace that takes part. A pod of one of them starts only when it
+	// is among the workloads or the excluded.
+	EnrolledNamespaces []string `protobuf:"bytes,9,rep,name=enrolled_namespaces,json=enrolledNamespaces,proto3" json:"enrolled_namespaces,omitempty"`
+	// UIDs of pods on this node that opted out.
+	ExcludedPods []string `protobuf:"bytes,10,rep,name=excluded_pods,json=excludedPods,proto3" json:"excluded_pods,omitempty"`
+	// SPIFFE ID patterns that are cut off, whatever the policies say.
+	Quarantined   []*Quarantined `protobuf:"bytes,11,rep,name=quarantined,proto3" json:"quarantined,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +518,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +531,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -494,6 +583,86 @@ func (x *NodeState) GetXdsVersion() string {
 	return ""
 }
 
+func (x *NodeState) GetIdentities() []string {
+	if x != nil {
+		return x.Identities
+	}
+	return nil
+}
+
+func (x *NodeState) GetEnrolledNamespaces() []string {
+	if x != nil {
+		return x.EnrolledNamespaces
+	}
+	return nil
+}
+
+func (x *NodeState) GetExcludedPods() []string {
+	if x != nil {
+		return x.ExcludedPods
+	}
+	return nil
+}
+
+func (x *NodeState) GetQuarantined() []*Quarantined {
+	if x != nil {
+		return x.Quarantined
+	}
+	return nil
+}
+
+type Quarantined struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`             // of the Quarantine
+	Identities    []string               `protobuf:"bytes,2,rep,name=identities,proto3" json:"identities,omitempty"` // patterns, as authz.Pattern prints them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Quarantined) Reset() {
+	*x = Quarantined{}
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Quarantined) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Quarantined) ProtoMessage() {}
+
+func (x *Quarantined) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
+func (*Quarantined) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Quarantined) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Quarantined) GetIdentities() []string {
+	if x != nil {
+		return x.Identities
+	}
+	return nil
+}
+
 type Workload struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Namespace      string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -503,13 +672,14 @@ type Workload struct {
 	Mode           string                 `protobuf:"bytes,5,opt,name=mode,proto3" json:"mode,omitempty"` // enforce or observe
 	Attest         *Attest                `protobuf:"bytes,6,opt,name=attest,proto3" json:"attest,omitempty"`
 	Capture        *Capture               `protobuf:"bytes,7,opt,name=capture,proto3" json:"capture,omitempty"`
+	Uid            string                 `protobuf:"bytes,8,opt,name=uid,proto3" json:"uid,omitempty"` // of the pod; empty for a declared workload
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +691,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +704,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -586,6 +756,13 @@ func (x *Workload) GetCapture() *Capture {
 	return nil
 }
 
+func (x *Workload) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
 type Attest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uid           *uint32                `protobuf:"varint,1,opt,name=uid,proto3,oneof" json:"uid,omitempty"`
@@ -593,13 +770,14 @@ type Attest struct {
 	Sha256        string                 `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	SystemdUnit   string                 `protobuf:"bytes,4,opt,name=systemd_unit,json=systemdUnit,proto3" json:"systemd_unit,omitempty"`
 	Cgroup        string                 `protobuf:"bytes,5,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
+	PodUid        string                 `protobuf:"bytes,6,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +789,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +802,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -662,17 +840,25 @@ func (x *Attest) GetCgroup() string {
 	return ""
 }
 
+func (x *Attest) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
 type Capture struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Netns         string                 `protobuf:"bytes,1,opt,name=netns,proto3" json:"netns,omitempty"`
+	Netns         string                 `protobuf:"bytes,1,opt,name=netns,proto3" json:"netns,omitempty"` // empty for a pod: its node knows
 	Addresses     []string               `protobuf:"bytes,2,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	ProbePorts    []uint32               `protobuf:"varint,3,rep,packed,name=probe_ports,json=probePorts,proto3" json:"probe_ports,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -684,7 +870,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -697,7 +883,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Capture) GetNetns() string {
@@ -710,6 +896,13 @@ func (x *Capture) GetNetns() string {
 func (x *Capture) GetAddresses() []string {
 	if x != nil {
 		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Capture) GetProbePorts() []uint32 {
+	if x != nil {
+		return x.ProbePorts
 	}
 	return nil
 }
@@ -727,7 +920,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +932,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +945,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -802,17 +995,23 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"8\n" +
 	"\bNodeSVID\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x16\n" +
-	"\x06bundle\x18\x02 \x03(\fR\x06bundle\"<\n" +
+	"\x06bundle\x18\x02 \x03(\fR\x06bundle\"N\n" +
 	"\fIssueRequest\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
-	"\x03csr\x18\x02 \x01(\fR\x03csr\"%\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"%\n" +
 	"\rIssueResponse\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\"*\n" +
 	"\fWatchRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\tR\brevision\"+\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\"i\n" +
 	"\rReportRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\tR\brevision\"\x10\n" +
-	"\x0eReportResponse\"\x99\x02\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\x12<\n" +
+	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\"X\n" +
+	"\x0eWorkloadReport\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\"\x10\n" +
+	"\x0eReportResponse\"\xce\x03\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
@@ -821,7 +1020,19 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\tworkloads\x18\x05 \x03(\v2\x18.signet.node.v1.WorkloadR\tworkloads\x122\n" +
 	"\bpolicies\x18\x06 \x03(\v2\x16.signet.node.v1.PolicyR\bpolicies\x12\x1f\n" +
 	"\vxds_version\x18\a \x01(\tR\n" +
-	"xdsVersion\"\xf9\x01\n" +
+	"xdsVersion\x12\x1e\n" +
+	"\n" +
+	"identities\x18\b \x03(\tR\n" +
+	"identities\x12/\n" +
+	"\x13enrolled_namespaces\x18\t \x03(\tR\x12enrolledNamespaces\x12#\n" +
+	"\rexcluded_pods\x18\n" +
+	" \x03(\tR\fexcludedPods\x12=\n" +
+	"\vquarantined\x18\v \x03(\v2\x1b.signet.node.v1.QuarantinedR\vquarantined\"A\n" +
+	"\vQuarantined\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"identities\x18\x02 \x03(\tR\n" +
+	"identities\"\x8b\x02\n" +
 	"\bWorkload\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12'\n" +
@@ -829,17 +1040,21 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\tspiffe_id\x18\x04 \x01(\tR\bspiffeId\x12\x12\n" +
 	"\x04mode\x18\x05 \x01(\tR\x04mode\x12.\n" +
 	"\x06attest\x18\x06 \x01(\v2\x16.signet.node.v1.AttestR\x06attest\x121\n" +
-	"\acapture\x18\a \x01(\v2\x17.signet.node.v1.CaptureR\acapture\"\x8e\x01\n" +
+	"\acapture\x18\a \x01(\v2\x17.signet.node.v1.CaptureR\acapture\x12\x10\n" +
+	"\x03uid\x18\b \x01(\tR\x03uid\"\xa7\x01\n" +
 	"\x06Attest\x12\x15\n" +
 	"\x03uid\x18\x01 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
 	"\x06sha256\x18\x03 \x01(\tR\x06sha256\x12!\n" +
 	"\fsystemd_unit\x18\x04 \x01(\tR\vsystemdUnit\x12\x16\n" +
-	"\x06cgroup\x18\x05 \x01(\tR\x06cgroupB\x06\n" +
-	"\x04_uid\"=\n" +
+	"\x06cgroup\x18\x05 \x01(\tR\x06cgroup\x12\x17\n" +
+	"\apod_uid\x18\x06 \x01(\tR\x06podUidB\x06\n" +
+	"\x04_uid\"^\n" +
 	"\aCapture\x12\x14\n" +
 	"\x05netns\x18\x01 \x01(\tR\x05netns\x12\x1c\n" +
-	"\taddresses\x18\x02 \x03(\tR\taddresses\"\x9a\x01\n" +
+	"\taddresses\x18\x02 \x03(\tR\taddresses\x12\x1f\n" +
+	"\vprobe_ports\x18\x03 \x03(\rR\n" +
+	"probePorts\"\x9a\x01\n" +
 	"\x06Policy\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
@@ -865,7 +1080,7 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_api_node_v1_node_proto_goTypes = []any{
 	(*JoinRequest)(nil),    // 0: signet.node.v1.JoinRequest
 	(*RenewRequest)(nil),   // 1: signet.node.v1.RenewRequest
@@ -874,33 +1089,37 @@ var file_api_node_v1_node_proto_goTypes = []any{
 	(*IssueResponse)(nil),  // 4: signet.node.v1.IssueResponse
 	(*WatchRequest)(nil),   // 5: signet.node.v1.WatchRequest
 	(*ReportRequest)(nil),  // 6: signet.node.v1.ReportRequest
-	(*ReportResponse)(nil), // 7: signet.node.v1.ReportResponse
-	(*NodeState)(nil),      // 8: signet.node.v1.NodeState
-	(*Workload)(nil),       // 9: signet.node.v1.Workload
-	(*Attest)(nil),         // 10: signet.node.v1.Attest
-	(*Capture)(nil),        // 11: signet.node.v1.Capture
-	(*Policy)(nil),         // 12: signet.node.v1.Policy
+	(*WorkloadReport)(nil), // 7: signet.node.v1.WorkloadReport
+	(*ReportResponse)(nil), // 8: signet.node.v1.ReportResponse
+	(*NodeState)(nil),      // 9: signet.node.v1.NodeState
+	(*Quarantined)(nil),    // 10: signet.node.v1.Quarantined
+	(*Workload)(nil),       // 11: signet.node.v1.Workload
+	(*Attest)(nil),         // 12: signet.node.v1.Attest
+	(*Capture)(nil),        // 13: signet.node.v1.Capture
+	(*Policy)(nil),         // 14: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
-	9,  // 0: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	12, // 1: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	10, // 2: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	11, // 3: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	0,  // 4: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	1,  // 5: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	3,  // 6: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	5,  // 7: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	6,  // 8: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	2,  // 9: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	2,  // 10: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	4,  // 11: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	8,  // 12: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	7,  // 13: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	9,  // [9:14] is the sub-list for method output_type
-	4,  // [4:9] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	7,  // 0: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
+	11, // 1: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	14, // 2: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	10, // 3: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	12, // 4: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	13, // 5: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	0,  // 6: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	1,  // 7: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	3,  // 8: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	5,  // 9: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	6,  // 10: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	2,  // 11: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	2,  // 12: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	4,  // 13: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	9,  // 14: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	8,  // 15: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	11, // [11:16] is the sub-list for method output_type
+	6,  // [6:11] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -908,14 +1127,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[10].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[12].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
