@@ -1,5 +1,5 @@
-// Package authz decides who may reach whom. It compiles AllowPolicy documents
-// to a Model and answers questions about it, without Kubernetes, network or
+// Package authz decides who may reach whom. It compiles AllowPolicy and
+// Quarantine documents to a Model and answers questions about it, without Kubernetes, network or
 // clock. The same answers are given to the proxy configuration, to the agent
 // that ends revoked connections, and to people who ask why.
 package authz
@@ -47,11 +47,17 @@ type Decision struct {
 	// Policy is "namespace/name" of the policy that allows, the first in
 	// lexical order when several do. Empty on a denial.
 	Policy string
-	// Reason says why in the words that the 403, the audit record and
-	// the CLI share: Allowed(policy) or Model.DenyReason(target).
+	// Quarantine is the name of the quarantine that denies, the first in
+	// lexical order when several do. Such a denial holds in namespaces that
+	// are only observed too.
+	Quarantine string
+	// Reason says why in the words that the 403, the audit record and the CLI
+	// share: Allowed(policy), CallerCutOff(quarantine, caller) or
+	// Model.DenyReason(target).
 	Reason string
 	// Near lists the policies that protect the target and say why each of
-	// them does not admit the request. Only on a denial.
+	// them does not admit the request. Only on a denial that is not a
+	// quarantine's.
 	Near []NearMiss
 }
 
@@ -68,10 +74,12 @@ type Grant struct {
 	From   []Pattern
 }
 
-// Diagnostic says what is wrong with one policy document. A policy with a
-// diagnostic grants nothing.
+// Diagnostic says what is wrong with one document. An AllowPolicy with a
+// diagnostic grants nothing; of a Quarantine with one, every part that is
+// valid is in force.
 type Diagnostic struct {
-	Policy  string `json:"policy"`  // "namespace/name"
-	Field   string `json:"field"`   // such as spec.from[1].spiffeID
-	Message string `json:"message"` // what is wrong and how to mend it
+	Policy     string `json:"policy"`               // "namespace/name"; empty for a Quarantine
+	Quarantine string `json:"quarantine,omitempty"` // name; empty for an AllowPolicy
+	Field      string `json:"field"`                // such as spec.from[1].spiffeID
+	Message    string `json:"message"`              // what is wrong and how to mend it
 }

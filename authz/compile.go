@@ -18,13 +18,17 @@ const (
 	portTunnel   = 15008
 )
 
-// Compile turns documents into a Model. A document with anything wrong in it
+// Compile turns documents into a Model. A policy with anything wrong in it
 // grants nothing at all: it is left out of the model whole, and each of its
-// faults is a Diagnostic. Diagnostics are in the order of the documents, then
-// of their fields. When two documents have the same namespace and name, the
-// later one is invalid, also when the first is invalid too. Peers that are
-// given by namespace or service account belong to the trust domain td.
-func Compile(td spiffeid.TrustDomain, docs []v1alpha1.AllowPolicy) (*Model, []Diagnostic) {
+// faults is a Diagnostic. When two policies have the same namespace and name,
+// the later one is invalid, also when the first is invalid too. With a
+// quarantine it is the other way round: whatever is wrong with it is a
+// Diagnostic, and every part of it that is valid is in force.
+//
+// Diagnostics are in the order of the policies, then of the quarantines, then
+// of their fields. What is given by namespace or service account belongs to
+// the trust domain td.
+func Compile(td spiffeid.TrustDomain, docs []v1alpha1.AllowPolicy, quarantines ...v1alpha1.Quarantine) (*Model, []Diagnostic) {
 	var (
 		policies    []Policy
 		diagnostics []Diagnostic
@@ -41,7 +45,8 @@ func Compile(td spiffeid.TrustDomain, docs []v1alpha1.AllowPolicy) (*Model, []Di
 		}
 		diagnostics = append(diagnostics, c.diagnostics...)
 	}
-	return NewModel(policies), diagnostics
+	cutOff, faults := compileQuarantines(td, quarantines)
+	return NewModel(policies).WithQuarantines(td, cutOff), append(diagnostics, faults...)
 }
 
 // compiler works on one document.
@@ -136,10 +141,7 @@ func (c *compiler) peer(p v1alpha1.Peer) (Pattern, string, error) {
 		pattern, err := c.serviceAccount(p.ServiceAccount)
 		return pattern, ".serviceAccount", err
 	case p.Namespace != "":
-		if err := CheckNamespace(p.Namespace); err != nil {
-			return Pattern{}, ".namespace", err
-		}
-		pattern, err := ParsePattern(fmt.Sprintf("spiffe://%s/ns/%s/sa/*", c.td.Name(), p.Namespace))
+		pattern, err := wholeNamespace(c.td, p.Namespace)
 		return pattern, ".namespace", err
 	default:
 		pattern, err := ParsePattern(p.SPIFFEID)
@@ -149,23 +151,45 @@ func (c *compiler) peer(p v1alpha1.Peer) (Pattern, string, error) {
 
 // serviceAccount reads "name" or "namespace/name".
 func (c *compiler) serviceAccount(s string) (Pattern, error) {
-	namespace, name, qualified := strings.Cut(s, "/")
-	if !qualified {
-		namespace, name = c.doc.Namespace, s
-	} else if strings.Contains(name, "/") {
-		return Pattern{}, fmt.Errorf("%q has more than one slash; write name or namespace/name", s)
+	if strings.Contains(s, "/") {
+		return qualifiedServiceAccount(c.td, s, "name or namespace/name")
 	}
-	if qualified {
-		if err := CheckNamespace(namespace); err != nil {
-			return Pattern{}, fmt.Errorf("namespace %w", err)
-		}
-	}
-	if err := CheckName(name); err != nil {
+	if err := CheckName(s); err != nil {
 		return Pattern{}, fmt.Errorf("name %w", err)
 	}
-	id, err := spiffeid.FromSegments(c.td, "ns", namespace, "sa", name)
+	id, err := identity(c.td, c.doc.Namespace, s)
 	if err != nil {
 		return Pattern{}, errors.New("cannot be read while metadata.namespace is invalid")
 	}
 	return patternOf(id), nil
+}
+
+// qualifiedServiceAccount reads "namespace/name"; forms is what errors tell to
+// write.
+func qualifiedServiceAccount(td spiffeid.TrustDomain, s, forms string) (Pattern, error) {
+	namespace, name, _ := strings.Cut(s, "/")
+	if strings.Contains(name, "/") {
+		return Pattern{}, fmt.Errorf("%q has more than one slash; write %s", s, forms)
+	}
+	if err := CheckNamespace(namespace); err != nil {
+		return Pattern{}, fmt.Errorf("namespace %w", err)
+	}
+	if err := CheckName(name); err != nil {
+		return Pattern{}, fmt.Errorf("name %w", err)
+	}
+	id, err := identity(td, namespace, name)
+	return patternOf(id), err
+}
+
+// wholeNamespace matches every service account of a namespace.
+func wholeNamespace(td spiffeid.TrustDomain, namespace string) (Pattern, error) {
+	if err := CheckNamespace(namespace); err != nil {
+		return Pattern{}, err
+	}
+	return ParsePattern(fmt.Sprintf("spiffe://%s/ns/%s/sa/*", td.Name(), namespace))
+}
+
+// identity is the SPIFFE ID of a service account.
+func identity(td spiffeid.TrustDomain, namespace, serviceAccount string) (spiffeid.ID, error) {
+	return spiffeid.FromSegments(td, "ns", namespace, "sa", serviceAccount)
 }

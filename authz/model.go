@@ -29,11 +29,14 @@ func (p *Policy) protects(t Target) bool {
 	return p.Namespace == t.Namespace && (p.TargetServiceAccount == "" || p.TargetServiceAccount == t.ServiceAccount)
 }
 
-// Model is a compiled set of policies. It is immutable and safe for concurrent
-// use. A nil Model has no policies and so denies everything.
+// Model is a compiled set of policies and quarantines. It is immutable and
+// safe for concurrent use. A nil Model has no policies and so denies
+// everything.
 type Model struct {
 	policies    []Policy            // sorted by namespace, then name
 	byNamespace map[string][]Policy // slices of policies
+	td          spiffeid.TrustDomain
+	quarantines []Quarantine // sorted by name
 }
 
 // NewModel builds a model of policies that have been validated already. It
@@ -102,9 +105,14 @@ func (m *Model) protecting(t Target) []Policy {
 	return out
 }
 
-// Grants returns the policies that protect the target, sorted by policy. The
+// Grants returns the policies that protect the target, sorted by policy; none
+// for a target that is cut off. A grant may admit a caller that is cut off:
+// who acts by grants has to refuse those that Quarantines lists first. The
 // caller owns the result.
 func (m *Model) Grants(t Target) []Grant {
+	if _, cut := m.QuarantinedTarget(t); cut {
+		return nil
+	}
 	var out []Grant
 	for _, p := range m.protecting(t) {
 		out = append(out, Grant{Policy: p.Key(), Ports: slices.Clone(p.Ports), From: slices.Clone(p.From)})
@@ -112,9 +120,16 @@ func (m *Model) Grants(t Target) []Grant {
 	return out
 }
 
-// Decide answers a request. It denies unless a policy that protects the target
-// admits both the caller and the port. Port 0 is no port and is denied.
+// Decide answers a request. It denies when the caller or the target is cut
+// off, and unless a policy that protects the target admits both the caller and
+// the port. Port 0 is no port and is denied.
 func (m *Model) Decide(r Request) Decision {
+	if name, cut := m.Quarantined(r.From); cut {
+		return Decision{Verdict: Deny, Quarantine: name, Reason: CallerCutOff(name, r.From.String())}
+	}
+	if name, cut := m.QuarantinedTarget(r.Target); cut {
+		return Decision{Verdict: Deny, Quarantine: name, Reason: m.DenyReason(r.Target)}
+	}
 	policies := m.protecting(r.Target)
 	var near []NearMiss
 	for i := range policies {
@@ -172,8 +187,12 @@ func list[T any](items []T, none string) string {
 }
 
 // DenyReason returns the words of a denial. They depend on the target alone,
-// so that a proxy can be told them ahead of any caller.
+// so that a proxy can be told them ahead of any caller. A caller that is cut
+// off is refused with CallerCutOff instead.
 func (m *Model) DenyReason(t Target) string {
+	if name, cut := m.QuarantinedTarget(t); cut {
+		return targetCutOff(name, t)
+	}
 	switch n := len(m.protecting(t)); n {
 	case 0:
 		return fmt.Sprintf("default deny: no policy protects %s", t)

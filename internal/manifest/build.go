@@ -33,6 +33,7 @@ type builder struct {
 
 	state     mesh.State
 	policies  []v1alpha1.AllowPolicy
+	cutOff    []v1alpha1.Quarantine
 	declared  map[string]bool         // namespaces
 	workloads map[string]bool         // keys of the WorkloadEntries; true: captured
 	addresses map[netip.Addr]string   // address -> the document that has it
@@ -63,14 +64,16 @@ func (b *builder) build() *Manifest {
 	b.workloadEntries()
 	b.serviceEntries()
 	b.allowPolicies()
+	b.quarantines()
 	if len(b.report.findings) > 0 {
 		return nil
 	}
 	b.sort()
 	return &Manifest{
-		State:    &b.state,
-		Policies: b.policies,
-		Revision: revision(&b.state, b.policies),
+		State:       &b.state,
+		Policies:    b.policies,
+		Quarantines: b.cutOff,
+		Revision:    revision(&b.state, b.policies, b.cutOff),
 	}
 }
 
@@ -78,7 +81,7 @@ func (b *builder) build() *Manifest {
 // kind and namespace has, and a namespace where there has to be one.
 func (b *builder) metadata() {
 	for _, d := range b.docs {
-		clusterWide := d.kind == kindNamespace || d.kind == v1alpha1.KindMeshConfig
+		clusterWide := d.kind == kindNamespace || d.kind == v1alpha1.KindMeshConfig || d.kind == v1alpha1.KindQuarantine
 		check := authz.CheckName
 		if d.kind == kindNamespace {
 			check = authz.CheckNamespace
@@ -261,6 +264,7 @@ func (b *builder) sort() {
 	slices.SortFunc(b.state.Services, func(x, y mesh.Service) int {
 		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Name, y.Name))
 	})
+	slices.SortFunc(b.cutOff, func(x, y v1alpha1.Quarantine) int { return strings.Compare(x.Name, y.Name) })
 	slices.SortFunc(b.policies, func(x, y v1alpha1.AllowPolicy) int {
 		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Name, y.Name))
 	})

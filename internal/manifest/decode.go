@@ -106,11 +106,13 @@ func decode(r *report, file string, n *yaml.Node) *document {
 		d.spec = &v1alpha1.ServiceEntrySpec{}
 	case v1alpha1.KindAllowPolicy:
 		d.spec = &v1alpha1.AllowPolicySpec{}
+	case v1alpha1.KindQuarantine:
+		d.spec = &v1alpha1.QuarantineSpec{}
 	case "":
-		d.fault(CodeKind, "kind", "is missing; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry or AllowPolicy")
+		d.fault(CodeKind, "kind", "is missing; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry, AllowPolicy or Quarantine")
 		return nil
 	default:
-		d.fault(CodeKind, "kind", "%q is not known; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry or AllowPolicy", d.kind)
+		d.fault(CodeKind, "kind", "%q is not known; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry, AllowPolicy or Quarantine", d.kind)
 		return nil
 	}
 	if head.APIVersion != version {

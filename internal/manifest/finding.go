@@ -22,7 +22,7 @@ const (
 	CodeDuplicate = "SIG1010" // a name, address or namespace is used twice
 	CodeReference = "SIG1011" // a document that is referred to does not exist
 	CodeMesh      = "SIG1012" // not exactly one MeshConfig
-	CodePolicy    = "SIG1013" // an AllowPolicy does not compile
+	CodePolicy    = "SIG1013" // an AllowPolicy or a Quarantine does not compile
 	CodeUseless   = "SIG1014" // a document that could have no effect
 )
 

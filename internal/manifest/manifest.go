@@ -14,6 +14,8 @@ type Manifest struct {
 	State *mesh.State
 	// Policies are sorted by namespace, then name. Every one of them compiles.
 	Policies []v1alpha1.AllowPolicy
+	// Quarantines are sorted by name. Every one of them compiles.
+	Quarantines []v1alpha1.Quarantine
 	// Revision is 16 hex digits that depend on what the documents mean, not
 	// on comments, labels, file names or the order of documents.
 	Revision string

@@ -1,0 +1,78 @@
+package v1alpha1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// MeshConfig holds what is true for the whole mesh. There is exactly one; in a
+// cluster its name is "mesh".
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=meshconf,categories=signet
+// +kubebuilder:printcolumn:name="Trust Domain",type=string,JSONPath=`.spec.trustDomain`
+// +kubebuilder:printcolumn:name="SVID TTL",type=string,JSONPath=`.spec.svidTTL`
+// +kubebuilder:printcolumn:name="Unknown",type=string,JSONPath=`.spec.unknownDestinations`,priority=1
+// +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:validation:XValidation:rule="self.metadata.name == 'mesh'",message="there is exactly one MeshConfig, and its name must be mesh"
+type MeshConfig struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec MeshConfigSpec `json:"spec"`
+	// Status is written by the control plane.
+	// +optional
+	Status MeshConfigStatus `json:"status,omitzero"`
+}
+
+// MeshConfigSpec is the body of a MeshConfig.
+type MeshConfigSpec struct {
+	// TrustDomain is the SPIFFE trust domain, such as "mesh.example".
+	// Required, and cannot be edited while the mesh runs.
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-z0-9_-]+([.][a-z0-9_-]+)*$')",message="must be a bare name such as mesh.example: lower-case letters, digits, dots, dashes and underscores"
+	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="a trust domain cannot be edited: every identity of the mesh is in it"
+	TrustDomain string `json:"trustDomain"`
+
+	// SVIDTTL is the lifetime of workload certificates. Default 1h,
+	// at least 4s, at most 24h.
+	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:default="1h"
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]+([.][0-9]+)?(ms|s|m|h))+$') && duration(self) >= duration('4s') && duration(self) <= duration('24h')",message="must be a duration from 4s to 24h, such as 1h or 90s"
+	SVIDTTL *metav1.Duration `json:"svidTTL,omitempty"`
+
+	// UnknownDestinations says what a captured workload may do with a
+	// destination that is no workload or service of the mesh: "plain"
+	// (default; passed through as it is and recorded) or "refuse".
+	// +optional
+	// +kubebuilder:default=plain
+	// +kubebuilder:validation:Enum=plain;refuse
+	UnknownDestinations string `json:"unknownDestinations,omitempty"`
+}
+
+// MeshConfigStatus says what became of a MeshConfig.
+type MeshConfigStatus struct {
+	// ObservedGeneration is the generation that the status is about.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// Conditions has ConditionAccepted.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	// +kubebuilder:validation:MaxItems=8
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// MeshConfigList is a list of MeshConfigs.
+//
+// +kubebuilder:object:root=true
+type MeshConfigList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+
+	Items []MeshConfig `json:"items"`
+}
