@@ -22,6 +22,7 @@ var lineFields = map[string]map[string]string{
 		"src":      "%DOWNSTREAM_REMOTE_ADDRESS%",
 		"dst":      "%DOWNSTREAM_LOCAL_ADDRESS%",
 		"upstream": "%UPSTREAM_HOST%",
+		"cluster":  "%UPSTREAM_CLUSTER%",
 		"failure":  "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
 	},
 	LineTunnel: {

@@ -20,23 +20,29 @@ type Options struct {
 	AccessLog string
 }
 
-// Build returns the resources that the proxy of a node subscribes to by
-// wildcard: its listeners, their routes, the shared clusters, and the
-// destinations that local workloads are allowed to reach. Other destinations
-// are built on demand by Destination.
-func Build(v *mesh.View, node string, o Options) (Set, error) {
+// Local returns what the proxy of a node needs to serve the node's own
+// workloads: the shared clusters, its listeners and their routes. It looks at
+// nothing in the view but the node's own workloads, their namespaces and the
+// policies and identities that concern them, so the node's agent builds it, by
+// itself if it must.
+func Local(v *mesh.View, node string, o Options) (Set, error) {
+	return build(v, node, o, (*builder).sharedClusters, (*builder).tunnelListener, (*builder).workloadListeners, (*builder).workloadRoutes)
+}
+
+// Destinations returns the clusters of what the node's workloads are allowed to
+// reach, which are pushed ahead. Other destinations are built on demand by
+// Destination.
+func Destinations(v *mesh.View, node string) (Set, error) {
+	return build(v, node, Options{}, (*builder).allowedDestinations)
+}
+
+func build(v *mesh.View, node string, o Options, stages ...func(*builder)) (Set, error) {
 	if v == nil || v.State == nil {
 		return nil, errors.New("xds: no state")
 	}
 	b := &builder{view: v, node: node, opts: o, set: Set{}}
-	for _, stage := range []func(){
-		b.sharedClusters,
-		b.tunnelListener,
-		b.workloadListeners,
-		b.workloadRoutes,
-		b.allowedDestinations,
-	} {
-		stage()
+	for _, stage := range stages {
+		stage(b)
 	}
 	return b.set, b.err
 }
@@ -56,11 +62,12 @@ func (b *builder) add(name string, m proto.Message) {
 	}
 }
 
-// captured returns the node's workloads that have listeners.
+// captured returns the node's workloads that have listeners: those whose
+// network namespace is known.
 func (b *builder) captured() []mesh.Workload {
 	var out []mesh.Workload
 	for _, w := range b.view.State.OnNode(b.node) {
-		if w.Capture != nil {
+		if w.Capture != nil && w.Capture.NetNS != "" {
 			out = append(out, w)
 		}
 	}

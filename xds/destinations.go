@@ -9,28 +9,48 @@ import (
 	internalv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/internal_upstream/v3"
 	rawv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/raw_buffer/v3"
 	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
-// Destination builds the cluster for an address that a workload dialled, by
-// its name. It reports false for a name that stands for nothing: a service's
-// address with a port that the service does not have, one of the mesh's own
-// ports, or, where unknown destinations are refused, an address outside the
-// mesh.
-func Destination(v *mesh.View, name string) (Resource, bool) {
+// Destination builds the cluster for an address that a workload of a node
+// dialled, by its name. It reports false for a name that stands for nothing: a
+// service's address with a port that the service does not have, one of the
+// mesh's own ports, or, where unknown destinations are refused, an address
+// outside the mesh.
+func Destination(v *mesh.View, node, name string) (Resource, bool) {
 	addr, ok := ParseDestination(name)
 	if !ok || v == nil || v.State == nil {
 		return Resource{}, false
 	}
-	eps, ok := resolve(v.State, addr)
+	where, ok := resolve(v.State, node, addr)
 	if !ok {
 		return Resource{}, false
 	}
-	r, err := NewResource(name, destinationCluster(name, eps))
+	r, err := NewResource(name, where.cluster(name))
 	return r, err == nil
+}
+
+// ClusterRefused is what the audit line of a connection to a destination that
+// does not exist says in place of the cluster's name.
+const ClusterRefused = "refused"
+
+// Refused is the cluster for a name that stands for nothing: without endpoints,
+// so that a connection to it is refused at once. Without any answer the proxy
+// would hold every further connection to it for as long as it waits for one.
+func Refused(name string) Resource {
+	r, err := NewResource(name, &clusterv3.Cluster{
+		Name:                 name,
+		AltStatName:          ClusterRefused,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+	})
+	if err != nil { // the name came over the wire as a string, so it is UTF-8
+		panic("xds: " + err.Error())
+	}
+	return r
 }
 
 // hop is where a connection to a destination may go.
@@ -39,49 +59,62 @@ type hop struct {
 	workload *mesh.Workload // nil: outside the mesh, in plain
 }
 
-// resolve finds the endpoints behind an address.
-func resolve(s *mesh.State, addr netip.AddrPort) ([]hop, bool) {
-	switch addr.Port() {
-	case 0, mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel:
-		return nil, false
-	}
-	for i := range s.Services {
-		svc := &s.Services[i]
-		for _, vip := range svc.VIPs {
-			if vip == addr.Addr() {
-				return serviceHops(s, svc, addr.Port())
-			}
-		}
-	}
-	if w := workloadAt(s, addr.Addr()); w != nil {
-		return []hop{{addr, meshed(s, w)}}, true
-	}
-	if s.RefuseUnknown {
-		return nil, false
-	}
-	return []hop{{addr: addr}}, true
+// destination is what an address stands for.
+type destination struct {
+	hops     []hop
+	affinity bool // one caller's connections go to one endpoint
 }
 
-func serviceHops(s *mesh.State, svc *mesh.Service, port uint16) ([]hop, bool) {
-	for _, p := range svc.Ports {
-		if p.Port != port {
+// resolve finds the endpoints behind an address, as seen from a node.
+func resolve(s *mesh.State, node string, addr netip.AddrPort) (destination, bool) {
+	switch addr.Port() {
+	case 0, mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel:
+		return destination{}, false
+	}
+	if svc := s.ServiceAt(addr.Addr()); svc != nil {
+		return resolveService(s, node, svc, addr)
+	}
+	if w := s.WorkloadAt(addr.Addr()); w != nil {
+		return destination{hops: []hop{{addr, meshed(s, w)}}}, true
+	}
+	if s.RefuseUnknown {
+		return destination{}, false
+	}
+	return destination{hops: []hop{{addr: addr}}}, true
+}
+
+func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.AddrPort) (destination, bool) {
+	for i, p := range svc.Ports {
+		if p.Port != vip.Port() {
 			continue
 		}
-		var out []hop
-		for _, e := range svc.Endpoints {
+		out := destination{affinity: svc.Affinity}
+		for j := range svc.Endpoints {
+			e := &svc.Endpoints[j]
+			target, ok := e.Target(svc, i)
+			if !ok || svc.Local && e.Node != node {
+				continue
+			}
 			if e.Workload == "" {
-				out = append(out, hop{addr: netip.AddrPortFrom(e.Addr, p.Target)})
+				if e.Addr.Is4() == vip.Addr().Is4() {
+					out.hops = append(out.hops, hop{addr: netip.AddrPortFrom(e.Addr, target)})
+				}
 				continue
 			}
 			w := s.Workload(e.Workload)
-			if w == nil || w.Capture == nil || len(w.Capture.Addrs) == 0 {
+			if w == nil || w.Capture == nil {
 				continue
 			}
-			out = append(out, hop{netip.AddrPortFrom(w.Capture.Addrs[0], p.Target), meshed(s, w)})
+			for _, a := range w.Capture.Addrs {
+				if a.Is4() == vip.Addr().Is4() {
+					out.hops = append(out.hops, hop{netip.AddrPortFrom(a, target), meshed(s, w)})
+					break
+				}
+			}
 		}
 		return out, true
 	}
-	return nil, false
+	return destination{}, false
 }
 
 // meshed returns w if connections to it must go through a tunnel.
@@ -92,26 +125,13 @@ func meshed(s *mesh.State, w *mesh.Workload) *mesh.Workload {
 	return w
 }
 
-func workloadAt(s *mesh.State, a netip.Addr) *mesh.Workload {
-	for i := range s.Workloads {
-		if c := s.Workloads[i].Capture; c != nil {
-			for _, own := range c.Addrs {
-				if own == a {
-					return &s.Workloads[i]
-				}
-			}
-		}
-	}
-	return nil
-}
-
-// destinationCluster: an endpoint of the mesh is the internal tunnel listener
+// cluster: an endpoint of the mesh is the internal tunnel listener
 // with metadata that says where the tunnel goes and who must answer; an
 // endpoint outside the mesh is its address.
-func destinationCluster(name string, hops []hop) *clusterv3.Cluster {
+func (d destination) cluster(name string) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
 	plain := false
-	for _, h := range hops {
+	for _, h := range d.hops {
 		if h.workload == nil {
 			plain = true
 			eps = append(eps, plainEndpoint(h.addr))
@@ -132,6 +152,9 @@ func destinationCluster(name string, hops []hop) *clusterv3.Cluster {
 	}
 	if plain {
 		c.UpstreamBindConfig = insideNamespace()
+	}
+	if d.affinity { // by the caller's address; see hashPolicy
+		c.LbPolicy = clusterv3.Cluster_MAGLEV
 	}
 	return c
 }
@@ -188,34 +211,53 @@ func internalUpstream() *corev3.TransportSocket {
 // control plane. Default deny keeps the set small.
 func (b *builder) allowedDestinations() {
 	s := b.view.State
-	locals := b.captured()
+	b.set[TypeCluster] = map[string]Resource{}
+	callers := map[spiffeid.ID]bool{}
+	for _, w := range s.OnNode(b.node) {
+		if w.Capture != nil {
+			callers[w.ID] = true
+		}
+	}
+	if len(callers) == 0 {
+		return
+	}
+	type question struct {
+		target authz.Target
+		port   uint16
+	}
+	answers := map[question]bool{} // many pods share one service account
 	admits := func(w *mesh.Workload, port uint16) bool {
 		if s.Mode(w.Namespace) == mesh.ModeOff {
 			return false
 		}
-		for i := range locals {
-			d := b.view.Model.Decide(authz.Request{
-				From:   locals[i].ID,
-				Target: authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
-				Port:   port,
-			})
-			if d.Verdict == authz.Allow {
+		q := question{authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}, port}
+		if known, ok := answers[q]; ok {
+			return known
+		}
+		for id := range callers {
+			if b.view.Model.Decide(authz.Request{From: id, Target: q.target, Port: port}).Verdict == authz.Allow {
+				answers[q] = true
 				return true
 			}
 		}
+		answers[q] = false
 		return false
 	}
 	push := func(a netip.AddrPort) {
-		name := DestinationName(a)
-		if r, ok := Destination(b.view, name); ok {
+		if r, ok := Destination(b.view, b.node, DestinationName(a)); ok {
 			b.set.Put(r)
 		}
 	}
 	for i := range s.Services {
 		svc := &s.Services[i]
-		for _, p := range svc.Ports {
-			for _, e := range svc.Endpoints {
-				if w := s.Workload(e.Workload); w != nil && admits(w, p.Target) {
+		for k, p := range svc.Ports {
+			for j := range svc.Endpoints {
+				e := &svc.Endpoints[j]
+				if e.Workload == "" {
+					continue
+				}
+				target, ok := e.Target(svc, k)
+				if w := s.Workload(e.Workload); ok && w != nil && admits(w, target) {
 					for _, vip := range svc.VIPs {
 						push(netip.AddrPortFrom(vip, p.Port))
 					}

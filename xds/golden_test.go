@@ -32,14 +32,35 @@ func view(t testing.TB, name string) *mesh.View {
 	if len(bad) > 0 {
 		t.Fatal(bad)
 	}
-	return &mesh.View{Revision: m.Revision, State: m.State, Model: model}
+	v := &mesh.View{Revision: m.Revision, State: m.State, Model: model}
+	for i := range m.State.Workloads {
+		v.Identities = append(v.Identities, m.State.Workloads[i].ID)
+	}
+	return v
+}
+
+// whole is all that a node's proxy gets: what its agent builds and what the
+// control plane pushes ahead.
+func whole(v *mesh.View, node string, o Options) (Set, error) {
+	set, err := Local(v, node, o)
+	if err != nil {
+		return nil, err
+	}
+	far, err := Destinations(v, node)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range far[TypeCluster] {
+		set.Put(r)
+	}
+	return set, nil
 }
 
 // TestGolden: what a node gets, one file for each type. Run with -update after
 // a change that is meant, and read the difference.
 func TestGolden(t *testing.T) {
 	v := view(t, "shop.yaml")
-	set, err := Build(v, "n1", Options{AccessLog: "/state/spool/access.log"})
+	set, err := whole(v, "n1", Options{AccessLog: "/state/spool/access.log"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,12 +108,12 @@ func TestGolden(t *testing.T) {
 // restart of the control plane would push everything to everyone.
 func TestBuildIsDeterministic(t *testing.T) {
 	v := view(t, "shop.yaml")
-	first, err := Build(v, "n1", Options{AccessLog: "/log"})
+	first, err := whole(v, "n1", Options{AccessLog: "/log"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 20 {
-		again, err := Build(v, "n1", Options{AccessLog: "/log"})
+		again, err := whole(v, "n1", Options{AccessLog: "/log"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -104,7 +125,7 @@ func TestBuildIsDeterministic(t *testing.T) {
 
 // TestNodeScope: a node gets listeners and policies of its own workloads only.
 func TestNodeScope(t *testing.T) {
-	set, err := Build(view(t, "shop.yaml"), "n2", Options{})
+	set, err := whole(view(t, "shop.yaml"), "n2", Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +136,7 @@ func TestNodeScope(t *testing.T) {
 			}
 		}
 	}
-	if set, err = Build(view(t, "shop.yaml"), "stranger", Options{}); err != nil {
+	if set, err = whole(view(t, "shop.yaml"), "stranger", Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if len(set[TypeRoute]) != 0 || len(set[TypeListener]) != 1 {
@@ -145,7 +166,7 @@ func TestDestinations(t *testing.T) {
 		{"10.88.0.3:80", false, nil},
 		{"dst|::ffff:10.88.0.3:80", false, nil},
 	} {
-		r, ok := Destination(v, c.name)
+		r, ok := Destination(v, "n1", c.name)
 		if ok != c.found {
 			t.Errorf("%s: found %t, want %t", c.name, ok, c.found)
 			continue
@@ -157,10 +178,10 @@ func TestDestinations(t *testing.T) {
 		}
 	}
 	v.State.RefuseUnknown = true
-	if _, ok := Destination(v, "dst|198.51.100.1:443"); ok {
+	if _, ok := Destination(v, "n1", "dst|198.51.100.1:443"); ok {
 		t.Error("an unknown destination is found although unknown destinations are refused")
 	}
-	if _, ok := Destination(nil, "dst|198.51.100.1:443"); ok {
+	if _, ok := Destination(nil, "n1", "dst|198.51.100.1:443"); ok {
 		t.Error("a destination is found without any state")
 	}
 }
@@ -170,8 +191,40 @@ func TestDestinations(t *testing.T) {
 // endpoint given by address only must not turn that off.
 func TestNoPlainWayToEnrolled(t *testing.T) {
 	v := view(t, "shop.yaml")
-	hops, ok := resolve(v.State, netip.MustParseAddrPort("10.88.0.3:80"))
-	if !ok || len(hops) != 1 || hops[0].workload == nil {
-		t.Fatalf("an enrolled workload's address resolves to %+v, want a tunnel to it", hops)
+	d, ok := resolve(v.State, "n1", netip.MustParseAddrPort("10.88.0.3:80"))
+	if !ok || len(d.hops) != 1 || d.hops[0].workload == nil {
+		t.Fatalf("an enrolled workload's address resolves to %+v, want a tunnel to it", d.hops)
+	}
+}
+
+// TestServiceKeepsToTheNode: internalTrafficPolicy: Local means the caller's
+// node and no other; session affinity chooses by the caller's address; an
+// endpoint may have a port of its own, or not serve a port at all.
+func TestServiceKeepsToTheNode(t *testing.T) {
+	v := view(t, "shop.yaml")
+	s := *v.State.ServiceAt(netip.MustParseAddr("10.96.0.1"))
+	vip := netip.MustParseAddr("10.97.0.1")
+	s.Name, s.VIPs, s.Local, s.Affinity = "near", []netip.Addr{vip}, true, true
+	s.Ports = []mesh.ServicePort{{Port: 80, Target: 8080}, {Port: 81, Target: 8081}}
+	s.Endpoints = []mesh.Endpoint{
+		{Addr: netip.MustParseAddr("192.0.2.1"), Node: "n1", Targets: []uint16{1080, 0}},
+		{Addr: netip.MustParseAddr("192.0.2.2"), Node: "n2"},
+	}
+	v.State = &mesh.State{TrustDomain: v.State.TrustDomain, Services: []mesh.Service{s}}
+	for _, c := range []struct {
+		node string
+		port uint16
+		want string
+	}{
+		{"n1", 80, "192.0.2.1:1080"}, {"n1", 81, ""}, {"n2", 80, "192.0.2.2:8080"}, {"n2", 81, "192.0.2.2:8081"}, {"n3", 80, ""},
+	} {
+		d, ok := resolve(v.State, c.node, netip.AddrPortFrom(vip, c.port))
+		got := ""
+		for _, h := range d.hops {
+			got += h.addr.String()
+		}
+		if !ok || got != c.want || !d.affinity {
+			t.Errorf("from %s, port %d: %q, want %q (%+v)", c.node, c.port, got, c.want, d)
+		}
 	}
 }

@@ -16,7 +16,11 @@ import (
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
-const rbacFilter = "rbac"
+// Names of filters that routes configure.
+const (
+	rbacFilter       = "rbac"
+	quarantineFilter = "quarantine"
+)
 
 // tunnelIn terminates the mTLS tunnels to a workload. Authorization runs on
 // the CONNECT request's headers, before the application is contacted.
@@ -84,6 +88,11 @@ func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager 
 			oneIdentity(),
 			applicationPort(),
 			{
+				// Each route's configuration names who is cut off.
+				Name:       quarantineFilter,
+				ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed(&rbacv3.RBAC{})},
+			},
+			{
 				// Without a route's policy this denies: ALLOW with no policies.
 				Name: rbacFilter,
 				ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed(&rbacv3.RBAC{
@@ -135,7 +144,10 @@ const (
 // enforce mode, let through and recorded in observe mode.
 func (b *builder) plainIn(w *mesh.Workload) *listenerv3.Listener {
 	cluster := clusterRefuse
-	if b.view.State.Mode(w.Namespace) == mesh.ModeObserve {
+	extra := []string{"workload", w.Key(), "mode", b.view.State.Mode(w.Namespace).String()}
+	if name, cut := b.view.Model.Quarantined(w.ID); cut {
+		extra = append(extra, "quarantine", name)
+	} else if b.view.State.Mode(w.Namespace) == mesh.ModeObserve {
 		cluster = clusterPlain
 	}
 	return &listenerv3.Listener{
@@ -148,7 +160,7 @@ func (b *builder) plainIn(w *mesh.Workload) *listenerv3.Listener {
 				StatPrefix:       "plain",
 				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
 				IdleTimeout:      seconds(0),
-				AccessLog:        b.accessLog(LinePlain, "workload", w.Key(), "mode", b.view.State.Mode(w.Namespace).String()),
+				AccessLog:        b.accessLog(LinePlain, extra...),
 			}),
 		}}},
 	}

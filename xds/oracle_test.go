@@ -65,6 +65,10 @@ func TestRulesAgreeWithEvaluator(t *testing.T) {
 			})
 		}
 	}
+	var identities []spiffeid.ID
+	for i := range state.Workloads {
+		identities = append(identities, state.Workloads[i].ID)
+	}
 	allowed, denied := 0, 0
 	for round := range 300 {
 		var policies []authz.Policy
@@ -95,7 +99,7 @@ func TestRulesAgreeWithEvaluator(t *testing.T) {
 			policies = append(policies, p)
 		}
 		model := authz.NewModel(policies)
-		b := &builder{view: &mesh.View{State: state, Model: model}, node: "n1", set: Set{}}
+		b := &builder{view: &mesh.View{State: state, Model: model, Identities: identities}, node: "n1", set: Set{}}
 		for range 40 {
 			to := &state.Workloads[rng.IntN(len(state.Workloads))]
 			from := state.Workloads[rng.IntN(len(state.Workloads))].ID
@@ -155,6 +159,45 @@ func TestObserveStillPinsTheAddress(t *testing.T) {
 	for _, perm := range r.GetRules().GetPolicies()[PolicyObserve].GetPermissions() {
 		if got := perm.GetHeader().GetStringMatch().GetPrefix(); got != "10.88.0.4:" {
 			t.Errorf("observe mode permits CONNECT to %q, want 10.88.0.4: only", got)
+		}
+	}
+}
+
+// TestQuarantineComesFirst: who is cut off is refused by rules of their own,
+// ahead of every grant and in observe mode too, and a target that is cut off
+// admits nobody in either mode. Without these a quarantine would wait for
+// somebody to edit the policies.
+func TestQuarantineComesFirst(t *testing.T) {
+	v := view(t, "shop.yaml")
+	cut := func(pattern string) *builder {
+		p, err := authz.ParsePattern(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		quarantined := *v
+		quarantined.Model = v.Model.WithQuarantines(v.State.TrustDomain, []authz.Quarantine{{Name: "incident-7", Identities: []authz.Pattern{p}}})
+		return &builder{view: &quarantined, node: "n1", set: Set{}}
+	}
+	b := cut("spiffe://mesh.test/ns/*/sa/web")
+	got := b.quarantines().GetPolicies()[PolicyQuarantine+"incident-7"].GetPrincipals()
+	if len(got) != 1 || got[0].GetAuthenticated().GetPrincipalName().GetExact() != "spiffe://mesh.test/ns/shop/sa/web" {
+		t.Errorf("the rule names %v, want shop's web", got)
+	}
+	for _, key := range []string{"shop/web", "lab/probe"} { // enforce and observe
+		w := v.State.Workload(key)
+		if _, ok := b.perRoute(w, authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})[quarantineFilter]; !ok {
+			t.Errorf("the route of %s does not refuse who is cut off", key)
+		}
+	}
+	w := v.State.Workload("lab/probe")
+	target := authz.Target{Namespace: "lab", ServiceAccount: "probe"}
+	b = cut("spiffe://mesh.test/ns/lab/sa/*")
+	if rules := b.rbac(w, target).GetRules().GetPolicies(); len(rules) != 0 {
+		t.Errorf("a target that is cut off admits by %v", rules)
+	}
+	for name, l := range map[string]string{"outbound": b.outbound(w).String(), "plain": b.plainIn(w).String()} {
+		if !strings.Contains(l, clusterRefuse) || strings.Contains(l, clusterPlain) {
+			t.Errorf("the %s listener of a workload that is cut off leads somewhere: %s", name, l)
 		}
 	}
 }

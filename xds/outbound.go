@@ -7,6 +7,7 @@ import (
 	odstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	setstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/set_filter_state/v3"
 	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -30,6 +31,12 @@ func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 		once       = sfsv3.FilterStateValue_ONCE
 		none       = sfsv3.FilterStateValue_NONE
 	)
+	extra := []string{"workload", w.Key(), "self", w.ID.String()}
+	cluster := stateValue("envoy.tcp_proxy.cluster", destinationPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%", "", none)
+	if name, cut := b.view.Model.Quarantined(w.ID); cut {
+		extra = append(extra, "quarantine", name)
+		cluster = stateValue("envoy.tcp_proxy.cluster", clusterRefuse, "", none)
+	}
 	return &listenerv3.Listener{
 		Name:            outboundListener(w),
 		Address:         inNamespace(w, mesh.PortOutbound),
@@ -45,7 +52,7 @@ func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 				stateValue(statePool, ClientSecret(w.ID)+" "+w.Capture.NetNS, hashable, transitive),
 				stateValue("envoy.tls.certificate_mappers.on_demand_secret", ClientSecret(w.ID), "envoy.string", transitive),
 				stateValue("envoy.network.upstream_bind_override.network_namespace", w.Capture.NetNS, "envoy.string", transitive),
-				stateValue("envoy.tcp_proxy.cluster", destinationPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%", "", none),
+				cluster,
 				// Hashable, so that no two connections share a pool towards the
 				// tunnel listener: a pool hands the state of the connection
 				// that made it to every later one. Once, so that it ends there
@@ -54,13 +61,22 @@ func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 			),
 			filter("tcp", &tcpv3.TcpProxy{
 				StatPrefix:       "out",
+				HashPolicy:       hashPolicy(),
 				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: clusterRefuse},
 				OnDemand:         &tcpv3.TcpProxy_OnDemand{OdcdsConfig: ads(), Timeout: seconds(5)},
 				IdleTimeout:      seconds(0),
-				AccessLog:        b.accessLog(LineOutbound, "workload", w.Key(), "self", w.ID.String()),
+				AccessLog:        b.accessLog(LineOutbound, extra...),
 			}),
 		}}},
 	}
+}
+
+// hashPolicy is looked at by destinations with session affinity only: the
+// caller's address chooses the endpoint.
+func hashPolicy() []*typev3.HashPolicy {
+	return []*typev3.HashPolicy{{
+		PolicySpecifier: &typev3.HashPolicy_SourceIp_{SourceIp: &typev3.HashPolicy_SourceIp{}},
+	}}
 }
 
 // connState describes the captured connection to the audit line that the

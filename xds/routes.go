@@ -56,12 +56,39 @@ func (b *builder) route(w *mesh.Workload) *routev3.RouteConfiguration {
 						ConnectConfig: &routev3.RouteAction_UpgradeConfig_ConnectConfig{},
 					}},
 				}},
-				TypedPerFilterConfig: map[string]*anypb.Any{
-					rbacFilter: packed(&rbacv3.RBACPerRoute{Rbac: b.rbac(w, target)}),
-				},
+				TypedPerFilterConfig: b.perRoute(w, target),
 			}},
 		}},
 	}
+}
+
+func (b *builder) perRoute(w *mesh.Workload, target authz.Target) map[string]*anypb.Any {
+	out := map[string]*anypb.Any{
+		rbacFilter: packed(&rbacv3.RBACPerRoute{Rbac: b.rbac(w, target)}),
+	}
+	if rules := b.quarantines(); len(rules.GetPolicies()) > 0 {
+		out[quarantineFilter] = packed(&rbacv3.RBACPerRoute{Rbac: &rbacv3.RBAC{Rules: rules}})
+	}
+	return out
+}
+
+// PolicyQuarantine begins the name of the rule that refuses a quarantine's
+// identities.
+const PolicyQuarantine = "quarantine/"
+
+// quarantines refuses callers that are cut off, in both modes and before any
+// policy is looked at.
+func (b *builder) quarantines() *configrbacv3.RBAC {
+	rules := &configrbacv3.RBAC{Action: configrbacv3.RBAC_DENY, Policies: map[string]*configrbacv3.Policy{}}
+	for _, q := range b.view.Model.Quarantines() {
+		if principals := b.principals(q.Identities); len(principals) > 0 {
+			rules.Policies[PolicyQuarantine+q.Name] = &configrbacv3.Policy{
+				Permissions: []*configrbacv3.Permission{{Rule: &configrbacv3.Permission_Any{Any: true}}},
+				Principals:  principals,
+			}
+		}
+	}
+	return rules
 }
 
 // PolicyObserve is the policy that lets everything through in observe mode.
@@ -82,7 +109,8 @@ func (b *builder) rbac(w *mesh.Workload, target authz.Target) *rbacv3.RBAC {
 			Principals:  principals,
 		}
 	}
-	if b.view.State.Mode(w.Namespace) != mesh.ModeObserve {
+	_, cut := b.view.Model.QuarantinedTarget(target)
+	if cut || b.view.State.Mode(w.Namespace) != mesh.ModeObserve {
 		return &rbacv3.RBAC{Rules: rules}
 	}
 	return &rbacv3.RBAC{
@@ -117,8 +145,8 @@ func (b *builder) principals(patterns []authz.Pattern) []*configrbacv3.Principal
 			continue
 		}
 		var ids []string
-		for i := range b.view.State.Workloads {
-			if id := b.view.State.Workloads[i].ID; p.Matches(id) {
+		for _, id := range b.view.Identities {
+			if p.Matches(id) {
 				ids = append(ids, id.String())
 			}
 		}

@@ -15,6 +15,9 @@ type View struct {
 	Revision string
 	State    *State
 	Model    *authz.Model
+	// Identities are those that exist, in the whole mesh, and match a pattern
+	// whose wildcard is not its last segment. Only an agent's view has them.
+	Identities []spiffeid.ID
 }
 
 // Feed hands the newest View to any number of readers. The zero Feed is empty

@@ -70,6 +70,8 @@ type State struct {
 	Excluded  map[string]string
 	Workloads []Workload
 	Services  []Service
+
+	index index
 }
 
 // Workload is one identity in one place.
@@ -161,16 +163,6 @@ func (e *Endpoint) Target(s *Service, i int) (port uint16, ok bool) {
 	return e.Targets[i], true
 }
 
-// Workload returns the workload with the given key, or nil.
-func (s *State) Workload(key string) *Workload {
-	for i := range s.Workloads {
-		if s.Workloads[i].Key() == key {
-			return &s.Workloads[i]
-		}
-	}
-	return nil
-}
-
 // Mode returns the mode of a namespace.
 func (s *State) Mode(namespace string) Mode { return s.Namespaces[namespace] }
 
@@ -178,9 +170,9 @@ func (s *State) Mode(namespace string) Mode { return s.Namespaces[namespace] }
 // is not off.
 func (s *State) OnNode(node string) []Workload {
 	var out []Workload
-	for _, w := range s.Workloads {
-		if w.Node == node && s.Mode(w.Namespace) != ModeOff {
-			out = append(out, w)
+	for _, w := range s.indexed().onNode[node] {
+		if s.Mode(w.Namespace) != ModeOff {
+			out = append(out, *w)
 		}
 	}
 	return out
