@@ -2,13 +2,17 @@
 // unix socket is, from what the kernel says about it.
 //
 // The rules of a workload state a user id, an executable (path, content), a
-// systemd unit or a cgroup. How much each of them proves differs. User id,
-// unit and cgroup cannot be chosen by an unprivileged process. Path and
+// systemd unit, a cgroup or a pod. How much each of them proves differs. User
+// id, unit, cgroup and pod cannot be chosen by an unprivileged process. Path and
 // content say which program was started, not that nobody steers it: whoever
 // may execute a program can preload a library into it, or debug it, under
 // their own user id. A rule with a path or digest should therefore state a
-// user id, unit or cgroup too, or name a file that only the right user may
+// user id, unit, cgroup or pod too, or name a file that only the right user may
 // execute.
+//
+// A pod is known by the cgroup that the kubelet made for it. Of a static pod
+// that names the hash of its file, where the API server has another UID: such
+// pods are strangers.
 //
 // Never consulted: the command line, the command name, the environment, and
 // /proc/<pid>/mountinfo, all of which a process can forge.

@@ -20,6 +20,7 @@ type facts struct {
 	digests *digests
 
 	cgroups fact[cgroups]
+	place   fact[place]
 	path    fact[string]
 	sha256  fact[string]
 }
@@ -63,6 +64,15 @@ func (f *facts) match(r *mesh.Attest) error {
 			if err := c.inUnit(r.SystemdUnit); err != nil {
 				return err
 			}
+		}
+	}
+	if r.PodUID != "" {
+		at, err := f.place.get(f.readPlace)
+		if err != nil {
+			return fmt.Errorf("podUID: %w", err)
+		}
+		if err := at.cgroups.inPod(at.roots, r.PodUID); err != nil {
+			return err
 		}
 	}
 	if r.Path != "" {

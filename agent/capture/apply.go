@@ -8,19 +8,22 @@ import (
 	"strings"
 
 	"github.com/google/nftables"
+
+	"github.com/signet-mesh/signet/agent/capture/nft"
 )
 
 // Apply puts capture in place: the rules, in one transaction that replaces
 // whatever is in the table, and then the settings. Where everything is in
-// place already it changes nothing. When it repairs, connections through the
-// proxy survive.
+// place already it changes nothing. When it repairs, or when the options have
+// changed, connections through the proxy survive, and at no moment are there
+// fewer rules than the old or the new ones.
 //
 // Connections from before that pass the proxy by break at their next packet;
 // ResetEstablished ends them, idle ones too, at once.
-func (n *NS) Apply() error {
+func (n *NS) Apply(o Options) error {
 	n.apply.Lock()
 	defer n.apply.Unlock()
-	err := n.verify()
+	err := n.verify(o)
 	if err == nil {
 		return nil
 	}
@@ -38,7 +41,7 @@ func (n *NS) Apply() error {
 	if saved == nil {
 		saved = now
 	}
-	if err := n.writeRules(saved); err != nil {
+	if err := n.writeRules(o, saved); err != nil {
 		return err
 	}
 	return n.writeSettings(wanted(saved))
@@ -85,7 +88,7 @@ func (n *NS) nft() (*nftables.Conn, error) {
 }
 
 // writeRules replaces the table in one transaction.
-func (n *NS) writeRules(saved settings) error {
+func (n *NS) writeRules(o Options, saved settings) error {
 	c, err := n.nft()
 	if err != nil {
 		return err
@@ -93,12 +96,7 @@ func (n *NS) writeRules(saved settings) error {
 	c.AddTable(table) // so that there is one to delete
 	c.DelTable(table)
 	c.AddTable(table)
-	for _, ch := range append(ruleset(), savedRules(saved)) {
-		at := c.AddChain(ch.chain())
-		for _, r := range ch.rules {
-			c.AddRule(&nftables.Rule{Table: table, Chain: at, Exprs: r.exprs, UserData: comment(r.comment)})
-		}
-	}
+	nft.Add(c, table, append(ruleset(o), savedRules(saved)))
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("capture: %s: write rules (the kernel needs nf_tables with nat, redir and reject for inet): %w", n.path, err)
 	}
@@ -115,9 +113,9 @@ func savedRules(s settings) chain {
 		lines = append(lines, name+"="+s[name])
 	}
 	text := strings.Join(lines, ";")
-	out := chain{name: savedChain}
+	out := chain{Name: savedChain}
 	for part := range slices.Chunk([]byte(text), savedChunk) {
-		out.rules = append(out.rules, rule{string(part), done()})
+		out.Rules = append(out.Rules, rule{Comment: string(part), Exprs: done()})
 	}
 	return out
 }
@@ -130,8 +128,8 @@ func (n *NS) saved() (settings, error) {
 	}
 	var text strings.Builder
 	for _, r := range rules {
-		if r.chain == savedChain {
-			text.WriteString(commentText(r.userData))
+		if r.Chain == savedChain {
+			text.WriteString(nft.CommentText(r.UserData))
 		}
 	}
 	if text.Len() == 0 {
@@ -145,8 +143,10 @@ func (n *NS) saved() (settings, error) {
 		}
 		out[name] = value
 	}
-	if len(out) != len(settingNames) {
-		return nil, nil
+	for _, name := range settingNames {
+		if _, ok := out[name]; !ok && name != migrateRequests {
+			return nil, nil
+		}
 	}
 	return out, nil
 }

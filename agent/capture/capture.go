@@ -11,6 +11,7 @@
 //     connections without a tunnel, except to the tunnel port. There is no
 //     exception for a mark here: marks do not cross namespaces, so nothing
 //     honest would need it.
+//     The one exception are the declared probe ports, from ProbeSource.
 //   - the proxy's own connections to its capture ports in the same namespace
 //     are refused, so that a tunnel which asks for those ports cannot loop.
 //   - IPv4 TCP that was not redirected, although it should have been, is
@@ -35,6 +36,15 @@
 // enforcing peers refuse what comes without a tunnel. Workloads should drop
 // both capabilities.
 //
+// # Probes
+//
+// The node's kubelet knows nothing of tunnels. Its connections, and no others,
+// arrive with the source ProbeSource: the node's own rules (package probe) see
+// to both. The rules here let that source in on the ports of Options.Probes
+// and nowhere else. A pod that talks to itself through its service is captured
+// outbound like any other, and connections of other processes of the node
+// arrive with the node's address, and so at the proxy's port.
+//
 // # Threads
 //
 // Entering a namespace moves an OS thread. All functions keep it locked
@@ -44,7 +54,11 @@ package capture
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
+
+	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // Errors that callers act on, found with errors.Is.
@@ -58,11 +72,42 @@ var (
 	ErrUnsupported = errors.New("the kernel lacks CONFIG_INET_DIAG or CONFIG_INET_DIAG_DESTROY")
 )
 
+// ProbeSource is the source of the kubelet's connections as a pod sees them.
+// No interface has this link-local address, and nothing routes to it.
+var ProbeSource = netip.AddrFrom4([4]byte{169, 254, 150, 8})
+
+// Options is what differs from one captured namespace to the next.
+type Options struct {
+	// Probes are the ports that the kubelet of the node may reach without a
+	// tunnel, in any order. None of the mesh's own, and not 0.
+	Probes []uint16
+}
+
+func (o *Options) check() error {
+	for _, port := range o.Probes {
+		switch port {
+		case 0, mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel:
+			return fmt.Errorf("capture: Probes: port %d cannot be probed without a tunnel: declare the probe on a port that the workload itself serves, not 0 or one of the mesh's own (%d, %d, %d)",
+				port, mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel)
+		}
+	}
+	return nil
+}
+
+// ports returns the probes' ports in the order of the rules.
+func (o *Options) ports() []uint16 {
+	return slices.Compact(slices.Sorted(slices.Values(o.Probes)))
+}
+
 // Apply captures a namespace; see NS.Apply.
-func Apply(netns string) error { return with(netns, (*NS).Apply) }
+func Apply(netns string, o Options) error {
+	return with(netns, func(n *NS) error { return n.Apply(o) })
+}
 
 // Verify returns nil only when capture is in place; see NS.Verify.
-func Verify(netns string) error { return with(netns, (*NS).Verify) }
+func Verify(netns string, o Options) error {
+	return with(netns, func(n *NS) error { return n.Verify(o) })
+}
 
 // Remove undoes Apply; see NS.Remove.
 func Remove(netns string) error { return with(netns, (*NS).Remove) }

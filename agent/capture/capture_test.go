@@ -17,9 +17,14 @@ import (
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"github.com/signet-mesh/signet/agent/capture/nft"
 	"github.com/signet-mesh/signet/internal/lab"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
+
+// opts are the options of all tests that do not care: a probe on a port that
+// nobody serves.
+var opts = Options{Probes: []uint16{8079}}
 
 func TestMain(m *testing.M) { lab.Main(m) }
 
@@ -172,10 +177,10 @@ func alive(c net.Conn) bool {
 
 func apply(t testing.TB, p *lab.Pod) {
 	t.Helper()
-	if err := Apply(p.NetNS); err != nil {
+	if err := Apply(p.NetNS, opts); err != nil {
 		t.Fatal(err)
 	}
-	if err := Verify(p.NetNS); err != nil {
+	if err := Verify(p.NetNS, opts); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -209,9 +214,9 @@ func without(t testing.TB, p *lab.Pod, chainName, text string) {
 	}
 	found := 0
 	for _, r := range rules {
-		if r.chain == chainName && commentText(r.userData) == text {
+		if r.Chain == chainName && nft.CommentText(r.UserData) == text {
 			found++
-			if err := c.DelRule(&nftables.Rule{Table: table, Chain: &nftables.Chain{Name: chainName, Table: table}, Handle: r.handle}); err != nil {
+			if err := c.DelRule(&nftables.Rule{Table: table, Chain: &nftables.Chain{Name: chainName, Table: table}, Handle: r.Handle}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -431,11 +436,11 @@ func TestOpen_refuses(t *testing.T) {
 		"/run/netns/not-there":   "no such file",
 		t.TempDir() + "/missing": "no such file",
 	} {
-		if err := Apply(path); err == nil || !strings.Contains(err.Error(), want) {
+		if err := Apply(path, opts); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %q", path, err, want)
 		}
 	}
-	if err := Apply("/run/netns/not-there"); !errors.Is(err, os.ErrNotExist) {
+	if err := Apply("/run/netns/not-there", opts); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a missing namespace: %v is not os.ErrNotExist", err)
 	}
 }

@@ -2,13 +2,15 @@ package capture
 
 import (
 	"encoding/binary"
-	"strings"
+	"fmt"
+	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
+	"github.com/signet-mesh/signet/agent/capture/nft"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -24,82 +26,57 @@ const (
 
 var table = &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
 
-// chain is one chain of the table with its rules, in order.
-type chain struct {
-	name     string
-	kind     nftables.ChainType
-	hook     *nftables.ChainHook
-	priority *nftables.ChainPriority
-	rules    []rule
-}
-
-type rule struct {
-	comment string
-	exprs   []expr.Any
-}
+type (
+	chain = nft.Chain
+	rule  = nft.Rule
+)
 
 // ruleset is what Apply writes and Verify expects, the saved chain apart.
-func ruleset() []chain {
+func ruleset(o Options) []chain {
+	var probesNAT, probesFilter []rule
+	for _, port := range o.ports() {
+		about := fmt.Sprintf("probes of port %d", port)
+		probesNAT = append(probesNAT, rule{Comment: about, Exprs: exprs(ipv4(), tcp(), from(ProbeSource), toPort(port), done())})
+		probesFilter = append(probesFilter, rule{Comment: about, Exprs: exprs(ipv4(), tcp(), from(ProbeSource), toPort(port), direction(original), done())})
+	}
 	return []chain{
-		{"output_nat", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest, []rule{
-			{"the proxy's own sockets", exprs(mark(), done())},
-			{"inside the namespace", exprs(toLoopback(expr.CmpOpEq), done())},
-			{"outbound", exprs(ipv4(), tcp(), redirect(mesh.PortOutbound))},
+		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{
+			{Comment: "the proxy's own sockets", Exprs: exprs(mark(), done())},
+			{Comment: "inside the namespace", Exprs: exprs(toLoopback(expr.CmpOpEq), done())},
+			{Comment: "outbound", Exprs: exprs(ipv4(), tcp(), redirect(mesh.PortOutbound))},
 		}},
-		{"input_nat", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, []rule{
-			{"inside the namespace", exprs(fromLoopback(expr.CmpOpEq), done())},
-			{"tunnels", exprs(ipv4(), tcp(), toPort(mesh.PortTunnel), done())},
-			{"inbound without a tunnel", exprs(ipv4(), tcp(), redirect(mesh.PortInbound))},
-		}},
-		{"output_filter", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter, []rule{
-			{"no loop into the proxy", exprs(mark(), toLoopback(expr.CmpOpEq), tcp(), toPort(mesh.PortOutbound), reset())},
-			{"no loop into the proxy", exprs(mark(), toLoopback(expr.CmpOpEq), tcp(), toPort(mesh.PortInbound), reset())},
-			{"resets may leave", exprs(tcp(), resets(), done())},
-			{"no IPv6 past the proxy", exprs(ipv6(), tcp(), toLoopback(expr.CmpOpNeq), reset())},
+		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat([]rule{
+			{Comment: "inside the namespace", Exprs: exprs(fromLoopback(expr.CmpOpEq), done())},
+		}, probesNAT, []rule{
+			{Comment: "tunnels", Exprs: exprs(ipv4(), tcp(), toPort(mesh.PortTunnel), done())},
+			{Comment: "inbound without a tunnel", Exprs: exprs(ipv4(), tcp(), redirect(mesh.PortInbound))},
+		})},
+		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: []rule{
+			{Comment: "no loop into the proxy", Exprs: exprs(mark(), toLoopback(expr.CmpOpEq), tcp(), toPort(mesh.PortOutbound), reset())},
+			{Comment: "no loop into the proxy", Exprs: exprs(mark(), toLoopback(expr.CmpOpEq), tcp(), toPort(mesh.PortInbound), reset())},
+			{Comment: "resets may leave", Exprs: exprs(tcp(), resets(), done())},
+			{Comment: "no IPv6 past the proxy", Exprs: exprs(ipv6(), tcp(), toLoopback(expr.CmpOpNeq), reset())},
 			// The kernel redirects a connection by its first packet only.
 			// What it took for a part of an older one is caught here.
-			{"the proxy's own sockets", exprs(mark(), done())},
-			{"inside the namespace", exprs(toLoopback(expr.CmpOpEq), done())},
-			{"answers", exprs(tcp(), direction(reply), done())},
-			{"redirected", exprs(tcp(), translated(), done())},
-			{"nothing past the proxy", exprs(ipv4(), tcp(), direction(original), reset())},
-			{"nothing untracked", exprs(ipv4(), tcp(), drop())},
+			{Comment: "the proxy's own sockets", Exprs: exprs(mark(), done())},
+			{Comment: "inside the namespace", Exprs: exprs(toLoopback(expr.CmpOpEq), done())},
+			{Comment: "answers", Exprs: exprs(tcp(), direction(reply), done())},
+			{Comment: "redirected", Exprs: exprs(tcp(), translated(), done())},
+			{Comment: "nothing past the proxy", Exprs: exprs(ipv4(), tcp(), direction(original), reset())},
+			{Comment: "nothing untracked", Exprs: exprs(ipv4(), tcp(), drop())},
 		}},
-		{"input_filter", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, []rule{
-			{"inside the namespace", exprs(fromLoopback(expr.CmpOpEq), done())},
-			{"no IPv6 past the proxy", exprs(ipv6(), tcp(), reset())},
-			{"redirected", exprs(ipv4(), tcp(), toPort(mesh.PortInbound), done())},
-			{"tunnels", exprs(ipv4(), tcp(), toPort(mesh.PortTunnel), done())},
-			{"answers", exprs(tcp(), direction(reply), done())},
-			{"nothing past the proxy", exprs(ipv4(), tcp(), direction(original), reset())},
+		{Name: "input_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
+			{Comment: "inside the namespace", Exprs: exprs(fromLoopback(expr.CmpOpEq), done())},
+			{Comment: "no IPv6 past the proxy", Exprs: exprs(ipv6(), tcp(), reset())},
+		}, probesFilter, []rule{
+			{Comment: "redirected", Exprs: exprs(ipv4(), tcp(), toPort(mesh.PortInbound), done())},
+			{Comment: "tunnels", Exprs: exprs(ipv4(), tcp(), toPort(mesh.PortTunnel), done())},
+			{Comment: "answers", Exprs: exprs(tcp(), direction(reply), done())},
+			{Comment: "nothing past the proxy", Exprs: exprs(ipv4(), tcp(), direction(original), reset())},
 			// Not reset: a stray packet must not end the proxy's connection.
-			{"nothing untracked", exprs(ipv4(), tcp(), drop())},
-		}},
+			{Comment: "nothing untracked", Exprs: exprs(ipv4(), tcp(), drop())},
+		})},
 	}
-}
-
-// chain returns c as the netlink library wants it.
-func (c *chain) chain() *nftables.Chain {
-	out := &nftables.Chain{Name: c.name, Table: table, Type: c.kind, Hooknum: c.hook, Priority: c.priority}
-	if c.hook != nil {
-		accept := nftables.ChainPolicyAccept
-		out.Policy = &accept
-	}
-	return out
-}
-
-func comment(s string) []byte {
-	return userdata.AppendString(nil, userdata.TypeComment, s)
-}
-
-// commentText is the inverse of comment; "" for anything else. The bytes may
-// be of somebody else's making, so the library's reader, which trusts the
-// lengths in them, is not used.
-func commentText(b []byte) string {
-	if len(b) < 3 || b[0] != byte(userdata.TypeComment) || int(b[1]) != len(b)-2 {
-		return ""
-	}
-	return strings.TrimSuffix(string(b[2:]), "\x00")
 }
 
 func exprs(parts ...[]expr.Any) []expr.Any {
@@ -142,6 +119,15 @@ func ipv6() []expr.Any {
 
 func tcp() []expr.Any {
 	return meta(expr.MetaKeyL4PROTO, expr.CmpOpEq, []byte{unix.IPPROTO_TCP})
+}
+
+// from matches packets by their source.
+func from(a netip.Addr) []expr.Any {
+	const sourceAt = 12
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: sourceAt, Len: 4},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: a.AsSlice()},
+	}
 }
 
 func toPort(port uint16) []expr.Any {

@@ -20,11 +20,17 @@ const (
 	reservedPorts = "ip_local_reserved_ports"
 	portRange     = "ip_local_port_range"
 	reuseWaiting  = "tcp_tw_reuse"
+	// migrateRequests lets the connections that wait for one listener of a port
+	// be taken by another when the first closes, so that none is lost while one
+	// proxy takes over from the other. Kernels before 5.14 lack it, and there a
+	// connection that waits at that moment is reset.
+	migrateRequests = "tcp_migrate_req"
 )
 
-var settingNames = []string{reservedPorts, portRange, reuseWaiting}
+var settingNames = []string{reservedPorts, portRange, reuseWaiting, migrateRequests}
 
-// settings are values by name, with single spaces.
+// settings are values by name, with single spaces; of migrateRequests only
+// where the kernel has it.
 type settings map[string]string
 
 // wanted is what Apply sets where the original settings were as given.
@@ -33,6 +39,8 @@ func wanted(saved settings) settings {
 		reservedPorts: reserve(saved[reservedPorts], mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel),
 		portRange:     "1024 65535",
 		reuseWaiting:  "1",
+
+		migrateRequests: "1",
 	}
 }
 
@@ -84,6 +92,9 @@ func (n *NS) readSettings() (settings, error) {
 	err := n.do(func() error {
 		for _, name := range settingNames {
 			s, err := readSetting(settingPath(name))
+			if name == migrateRequests && errors.Is(err, os.ErrNotExist) {
+				continue
+			}
 			if err != nil {
 				return fmt.Errorf("capture: %s: read setting: %w", n.path, err)
 			}
@@ -117,8 +128,12 @@ func (n *NS) writeSettings(s settings) error {
 	return n.do(func() error {
 		var errs []error
 		for _, name := range settingNames {
+			value, has := s[name]
+			if _, err := os.Stat(settingPath(name)); !has || name == migrateRequests && errors.Is(err, os.ErrNotExist) {
+				continue
+			}
 			// The newline also makes an empty list a write.
-			if err := os.WriteFile(settingPath(name), []byte(s[name]+"\n"), 0); err != nil {
+			if err := os.WriteFile(settingPath(name), []byte(value+"\n"), 0); err != nil {
 				errs = append(errs, fmt.Errorf("capture: %s: set net.ipv4.%s (is /proc/sys writable?): %w", n.path, name, err))
 			}
 		}

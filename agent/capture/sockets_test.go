@@ -336,7 +336,7 @@ func TestThreads(t *testing.T) {
 				if err != nil || len(list) != 1 || list[0].Local.Port() != want[k] {
 					t.Errorf("pod %s: %v, %v", pods[k].Name, list, err)
 				}
-				if err := Verify(pods[k].NetNS); !errors.Is(err, ErrNotCaptured) {
+				if err := Verify(pods[k].NetNS, opts); !errors.Is(err, ErrNotCaptured) {
 					t.Error(err)
 				}
 				runtime.LockOSThread()
@@ -394,7 +394,7 @@ func BenchmarkVerify(b *testing.B) {
 	apply(b, p.a)
 	n := open(b, p.a)
 	for b.Loop() {
-		if err := n.Verify(); err != nil {
+		if err := n.Verify(opts); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -13,11 +13,12 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/signet-mesh/signet/agent/capture/nft"
 	"github.com/signet-mesh/signet/internal/lab"
 )
 
 // tamper changes the table behind Apply's back.
-func tamper(t *testing.T, p *lab.Pod, f func(c *nftables.Conn, rules []rawRule)) {
+func tamper(t *testing.T, p *lab.Pod, f func(c *nftables.Conn, rules []nft.RawRule)) {
 	t.Helper()
 	n := open(t, p)
 	rules, err := n.readRules()
@@ -36,7 +37,7 @@ func tamper(t *testing.T, p *lab.Pod, f func(c *nftables.Conn, rules []rawRule))
 
 func notInPlace(t *testing.T, p *lab.Pod, what string) {
 	t.Helper()
-	if err := Verify(p.NetNS); !errors.Is(err, ErrNotCaptured) {
+	if err := Verify(p.NetNS, opts); !errors.Is(err, ErrNotCaptured) {
 		t.Errorf("%s: Verify returned %v", what, err)
 	} else {
 		t.Logf("%s: %v", what, err)
@@ -51,18 +52,18 @@ func TestVerify(t *testing.T) {
 	at := func(name string) *nftables.Chain { return &nftables.Chain{Name: name, Table: table} }
 	type step struct {
 		name string
-		do   func(c *nftables.Conn, rules []rawRule)
+		do   func(c *nftables.Conn, rules []nft.RawRule)
 	}
 	var steps []step
-	for _, ch := range ruleset() {
-		for i, r := range ch.rules {
+	for _, ch := range ruleset(opts) {
+		for i, r := range ch.Rules {
 			// The i-th rule of the chain, as it is in the kernel.
-			handle := func(rules []rawRule) uint64 {
+			handle := func(rules []nft.RawRule) uint64 {
 				k := 0
 				for _, r := range rules {
-					if r.chain == ch.name {
+					if r.Chain == ch.Name {
 						if k == i {
-							return r.handle
+							return r.Handle
 						}
 						k++
 					}
@@ -70,64 +71,64 @@ func TestVerify(t *testing.T) {
 				t.Fatal("no such rule")
 				return 0
 			}
-			replace := func(c *nftables.Conn, rules []rawRule, e []expr.Any, text string) {
-				c.ReplaceRule(&nftables.Rule{Table: table, Chain: at(ch.name), Handle: handle(rules), Exprs: e, UserData: comment(text)})
+			replace := func(c *nftables.Conn, rules []nft.RawRule, e []expr.Any, text string) {
+				c.ReplaceRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Handle: handle(rules), Exprs: e, UserData: nft.Comment(text)})
 			}
-			where := ch.name + ", rule " + string(rune('1'+i)) + ": "
+			where := ch.Name + ", rule " + string(rune('1'+i)) + ": "
 			steps = append(steps,
-				step{where + "removed", func(c *nftables.Conn, rules []rawRule) {
-					if err := c.DelRule(&nftables.Rule{Table: table, Chain: at(ch.name), Handle: handle(rules)}); err != nil {
+				step{where + "removed", func(c *nftables.Conn, rules []nft.RawRule) {
+					if err := c.DelRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Handle: handle(rules)}); err != nil {
 						t.Fatal(err)
 					}
 				}},
-				step{where + "last expression dropped", func(c *nftables.Conn, rules []rawRule) {
-					replace(c, rules, r.exprs[:len(r.exprs)-1], r.comment)
+				step{where + "last expression dropped", func(c *nftables.Conn, rules []nft.RawRule) {
+					replace(c, rules, r.Exprs[:len(r.Exprs)-1], r.Comment)
 				}},
-				step{where + "comparison inverted", func(c *nftables.Conn, rules []rawRule) {
-					e := append([]expr.Any{}, r.exprs...)
+				step{where + "comparison inverted", func(c *nftables.Conn, rules []nft.RawRule) {
+					e := append([]expr.Any{}, r.Exprs...)
 					cmp := *e[1].(*expr.Cmp)
 					cmp.Op ^= 1
 					e[1] = &cmp
-					replace(c, rules, e, r.comment)
+					replace(c, rules, e, r.Comment)
 				}},
 				// The netlink library does not know this expression and
 				// leaves it out when it reads the rule.
-				step{where + "unknown condition added", func(c *nftables.Conn, rules []rawRule) {
-					e := append([]expr.Any{&expr.Socket{Key: expr.SocketKeyWildcard, Register: 1}}, r.exprs...)
-					replace(c, rules, e, r.comment)
+				step{where + "unknown condition added", func(c *nftables.Conn, rules []nft.RawRule) {
+					e := append([]expr.Any{&expr.Socket{Key: expr.SocketKeyWildcard, Register: 1}}, r.Exprs...)
+					replace(c, rules, e, r.Comment)
 				}},
 			)
 		}
 		steps = append(steps,
-			step{ch.name + ": accepting rule in front", func(c *nftables.Conn, _ []rawRule) {
-				c.InsertRule(&nftables.Rule{Table: table, Chain: at(ch.name), Exprs: done()})
+			step{ch.Name + ": accepting rule in front", func(c *nftables.Conn, _ []nft.RawRule) {
+				c.InsertRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Exprs: done()})
 			}},
-			step{ch.name + ": rule added", func(c *nftables.Conn, _ []rawRule) {
-				c.AddRule(&nftables.Rule{Table: table, Chain: at(ch.name), Exprs: done()})
+			step{ch.Name + ": rule added", func(c *nftables.Conn, _ []nft.RawRule) {
+				c.AddRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Exprs: done()})
 			}},
-			step{ch.name + ": policy drop", func(c *nftables.Conn, _ []rawRule) {
-				if ch.kind == nftables.ChainTypeNAT {
-					c.FlushChain(at(ch.name)) // a nat chain's policy cannot be drop
+			step{ch.Name + ": policy drop", func(c *nftables.Conn, _ []nft.RawRule) {
+				if ch.Kind == nftables.ChainTypeNAT {
+					c.FlushChain(at(ch.Name)) // a nat chain's policy cannot be drop
 					return
 				}
 				drop := nftables.ChainPolicyDrop
-				changed := ch.chain()
+				changed := ch.In(table)
 				changed.Policy = &drop
 				c.AddChain(changed)
 			}},
 		)
 	}
 	steps = append(steps,
-		step{"chain added", func(c *nftables.Conn, _ []rawRule) {
+		step{"chain added", func(c *nftables.Conn, _ []nft.RawRule) {
 			c.AddChain(&nftables.Chain{Name: "other", Table: table, Type: nftables.ChainTypeFilter,
 				Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFirst})
 		}},
-		step{"table removed", func(c *nftables.Conn, _ []rawRule) { c.DelTable(table) }},
-		step{"saved settings removed", func(c *nftables.Conn, _ []rawRule) { c.FlushChain(at(savedChain)) }},
-		step{"saved settings altered", func(c *nftables.Conn, _ []rawRule) {
-			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: done(), UserData: comment(";x=1")})
+		step{"table removed", func(c *nftables.Conn, _ []nft.RawRule) { c.DelTable(table) }},
+		step{"saved settings removed", func(c *nftables.Conn, _ []nft.RawRule) { c.FlushChain(at(savedChain)) }},
+		step{"saved settings altered", func(c *nftables.Conn, _ []nft.RawRule) {
+			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: done(), UserData: nft.Comment(";x=1")})
 		}},
-		step{"saved settings malformed", func(c *nftables.Conn, _ []rawRule) {
+		step{"saved settings malformed", func(c *nftables.Conn, _ []nft.RawRule) {
 			c.FlushChain(at(savedChain))
 			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: done(), UserData: []byte{byte(userdata.TypeComment), 200, 'x'}})
 		}},
@@ -144,7 +145,7 @@ func TestVerify(t *testing.T) {
 	for _, name := range settingNames {
 		err := p.a.Do(func() error {
 			return os.WriteFile(settingPath(name), []byte(map[string]string{
-				reservedPorts: "15001\n", portRange: "2000 3000\n", reuseWaiting: "0\n",
+				reservedPorts: "15001\n", portRange: "2000 3000\n", reuseWaiting: "0\n", migrateRequests: "0\n",
 			}[name]), 0)
 		})
 		if err != nil {
@@ -207,7 +208,7 @@ func TestApply_twice(t *testing.T) {
 	if err != nil || len(first) == 0 || !reflect.DeepEqual(first, second) {
 		t.Fatalf("rules changed (%v):\n%v\n%v", err, first, second)
 	}
-	if err := Verify(p.b.NetNS); !errors.Is(err, ErrNotCaptured) {
+	if err := Verify(p.b.NetNS, opts); !errors.Is(err, ErrNotCaptured) {
 		t.Fatalf("the other pod: %v", err)
 	}
 }
@@ -308,20 +309,7 @@ func TestReserve(t *testing.T) {
 	}
 }
 
-// Defends: bytes that somebody in the namespace wrote cannot crash the agent.
-func TestCommentText_malformed(t *testing.T) {
-	for _, b := range [][]byte{nil, {0}, {0, 0}, {0, 255, 'x'}, {0, 1}, {1, 1, 'x'}, {0, 1, 'x', 'y'}} {
-		if got := commentText(b); got != "" {
-			t.Errorf("%v: got %q", b, got)
-		}
-	}
-	if got := commentText(comment("hello")); got != "hello" {
-		t.Errorf("got %q", got)
-	}
-	for _, b := range [][]byte{{}, {1}, {255, 255, 1, 0}, {2, 0, 1, 0, 9}} {
-		_, _ = parseRule(b)
-		_, _ = parseExpr(b)
-	}
+func TestParseSocket_malformed(t *testing.T) {
 	if _, err := parseSocket(make([]byte, diagAnswerLen-1)); err == nil {
 		t.Error("a short answer was taken")
 	}

@@ -91,7 +91,7 @@ type Proxy struct {
 // ports and the mark that ztunnel uses too, runs the program in the pod, and
 // waits until it is ready. Its output goes to log. The caller stops it.
 func Start(ctx context.Context, program string, pod *lab.Pod, w Workload, config string, log io.Writer) (*Proxy, error) {
-	if err := capture.Apply(pod.NetNS); err != nil {
+	if err := capture.Apply(pod.NetNS, capture.Options{}); err != nil {
 		return nil, err
 	}
 	// Not ctx: Stop ends it, after whoever still talks through it.
