@@ -18,6 +18,7 @@ import (
 
 // line is one access log line; which fields are set depends on its kind.
 type line struct {
+	Proxy    string `json:"proxy"` // put in by its parent; see internal/proxy
 	Kind     string `json:"kind"`
 	Type     string `json:"type"`
 	ID       string `json:"id"`
@@ -50,9 +51,12 @@ type line struct {
 	Shadowed  string `json:"shadowed"`
 	Revision  string `json:"revision"`
 	Deny      string `json:"deny"`
-	TLS       string `json:"tls"`
-	Cipher    string `json:"cipher"`
-	Group     string `json:"group"`
+	Cluster   string `json:"cluster"`
+	// Quarantine cuts the listener's own workload off.
+	Quarantine string `json:"quarantine"`
+	TLS        string `json:"tls"`
+	Cipher     string `json:"cipher"`
+	Group      string `json:"group"`
 
 	Responded struct {
 		Headers []struct {
@@ -80,7 +84,7 @@ func Decode(b []byte) (audit.Event, bool, error) {
 		return audit.Event{}, false, fmt.Errorf("access log: ms: %d is not a duration from 0 to %d ms", l.MS, int64(maxMS))
 	}
 	e := audit.Event{Record: audit.Record{
-		ID: l.ID, Start: start, BytesSent: l.Sent, BytesReceived: l.Received,
+		ID: l.ID, Proxy: l.Proxy, Start: start, BytesSent: l.Sent, BytesReceived: l.Received,
 	}}
 	switch l.Kind {
 	case xds.LineInbound:
@@ -132,6 +136,8 @@ func inbound(l *line, e *audit.Event) {
 		// None of the names is the caller's.
 		r.Source.ID = ""
 		r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: its certificate has several names: "+strings.Trim(l.Peer+","+l.PeerDNS, ",")
+	case l.Code == 403 && quarantine(l) != "":
+		r.Verdict, r.Reason = audit.Denied, authz.CallerCutOff(quarantine(l), l.Peer)
 	case l.Code == 403:
 		r.Verdict, r.Reason = audit.Denied, l.Deny
 		if r.Reason == "" {
@@ -149,6 +155,13 @@ func inbound(l *line, e *audit.Event) {
 	if e.Final && r.Verdict != audit.Denied {
 		r.Ended = flags(l.Flags)
 	}
+}
+
+// quarantine returns the name of the quarantine that refused the caller.
+func quarantine(l *line) string {
+	_, after, _ := strings.Cut(l.Details, "rbac_access_denied_matched_policy["+xds.PolicyQuarantine)
+	name, _ := strings.CutSuffix(after, "]")
+	return name
 }
 
 // severalNames reports whether a certificate names more than one identity, as
@@ -215,7 +228,9 @@ func outbound(l *line, e *audit.Event) {
 	r.Source = audit.Party{ID: l.Self, Workload: l.Workload, Address: l.Src}
 	r.Destination = audit.Party{Address: l.Dst, Via: l.Upstream}
 	switch {
-	case strings.Contains(l.Flags, "NC"):
+	case l.Quarantine != "":
+		r.Verdict, r.Reason = audit.Denied, authz.CallerCutOff(l.Quarantine, l.Self)
+	case strings.Contains(l.Flags, "NC"), l.Cluster == xds.ClusterRefused:
 		r.Verdict, r.Reason = audit.Denied, "no such destination in the mesh"
 	case l.Upstream == "":
 		r.Verdict, r.Reason = audit.Failed, "the destination has no endpoint: "+words(l.Failure, l.Flags)
@@ -234,6 +249,10 @@ func plain(l *line, e *audit.Event) {
 	r.Side, r.Transport = audit.Destination, "plaintext"
 	r.Source = audit.Party{Address: l.Src}
 	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst, Via: l.Local}
+	if l.Quarantine != "" {
+		r.Verdict, r.Reason = audit.Denied, "quarantined by "+strconv.Quote(l.Quarantine)+": "+l.Workload+" is cut off"
+		return
+	}
 	if l.Mode == "observe" {
 		r.Verdict, r.Reason = audit.Observed, "plaintext: the caller proved no identity"
 		r.Ended = flags(l.Flags)

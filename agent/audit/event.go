@@ -49,6 +49,7 @@ func merge(old, news Record) Record {
 	out := old
 	set(&out.Start, news.Start)
 	set(&out.End, news.End)
+	set(&out.Proxy, news.Proxy)
 	mergeParty(&out.Source, news.Source)
 	mergeParty(&out.Destination, news.Destination)
 	set(&out.Verdict, news.Verdict)

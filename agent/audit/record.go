@@ -31,7 +31,9 @@ type Record struct {
 	// ID names the connection on this side; unique across restarts.
 	ID   string `json:"id"`
 	Node string `json:"node"`
-	Side Side   `json:"side"`
+	// Proxy is which of the node's proxies had the connection.
+	Proxy string `json:"proxy,omitempty"`
+	Side  Side   `json:"side"`
 
 	Start time.Time `json:"start"`
 	// End is zero while the connection is open.

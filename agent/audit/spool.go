@@ -1,7 +1,6 @@
 package audit
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -196,36 +195,4 @@ func retiredSpools(path string) ([]uint64, error) {
 	}
 	slices.Sort(out)
 	return out, nil
-}
-
-// Seal ends a line that a proxy killed in the middle of a write has left
-// unfinished, so that the next proxy's first line is not glued to it. Call it
-// while no proxy is running. A spool that is not there is left so.
-func Seal(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("seal spool: %w", err)
-	}
-	err = func() error {
-		info, err := f.Stat()
-		if err != nil || info.Size() == 0 {
-			return err
-		}
-		var last [1]byte
-		if _, err := f.ReadAt(last[:], info.Size()-1); err != nil {
-			return err
-		}
-		if bytes.Equal(last[:], []byte("\n")) {
-			return nil
-		}
-		_, err = f.WriteString("\n")
-		return err
-	}()
-	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("seal spool: %w", err)
-	}
-	return nil
 }

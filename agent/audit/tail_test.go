@@ -276,28 +276,6 @@ func writeOver(path, text string) error {
 	return errors.Join(err, f.Close())
 }
 
-// Seal keeps the last words of a killed proxy from spoiling the first line of
-// the next one.
-func TestSeal(t *testing.T) {
-	s := newSpool(t)
-	if err := Seal(s.path); err != nil {
-		t.Errorf("no spool: %v", err)
-	}
-	s.start(nil)
-	s.write(line("a") + `{"Record":{"ID":"cut`)
-	s.sync()
-	for range 2 {
-		if err := Seal(s.path); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.write(line("b"))
-	s.want("a", "b")
-	if g := gaps(t, s.store); len(g) != 1 || g[0].Count != 1 {
-		t.Errorf("gaps: %+v", g)
-	}
-}
-
 // proxy writes to the spool as Envoy does: it holds the file open, and opens
 // it again some time after it was asked.
 type proxy struct {

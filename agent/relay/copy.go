@@ -66,8 +66,5 @@ func loadCopy(path string) (xds.Set, error) {
 		}
 		set.Put(xds.Resource{Name: r.GetName(), Version: r.GetVersion(), Body: r.GetResource()})
 	}
-	if len(doc.GetResources()) == 0 {
-		return nil, nil
-	}
 	return set, nil
 }

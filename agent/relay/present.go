@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	"google.golang.org/protobuf/proto"
 
@@ -44,6 +45,9 @@ func (r *Relay) placed(listeners map[string]xds.Resource) map[string]xds.Resourc
 			continue
 		}
 		l.Name = fmt.Sprintf("%s@%d", res.Name, inode)
+		// These, and not those inside the proxy, stop accepting when it drains;
+		// see internal/proxy.
+		l.TrafficDirection = corev3.TrafficDirection_INBOUND
 		moved, err := xds.NewResource(l.Name, &l)
 		if err != nil {
 			r.log.Error("a listener that cannot be packed is left out", "name", res.Name, "error", err)

@@ -1,6 +1,7 @@
-// Package relay stands between the control plane and the node's proxy: it
-// keeps a copy of the proxy's resources, in memory and on disk, adds the
+// Package relay stands between the control plane and the node's proxies: it
+// keeps a copy of their resources, in memory and on disk, adds the
 // certificates that never leave the node, and serves both over one socket.
+// There is one proxy, or two while one takes over from the other.
 // The proxy keeps working, and can be restarted, while the control plane is
 // away.
 package relay
@@ -21,14 +22,18 @@ type Relay struct {
 	keys  Keys
 
 	mu       sync.Mutex
-	upstream xds.Set                 // guarded by mu; replaced whole; nil until known
+	upstream xds.Set                 // guarded by mu; from the control plane; replaced whole; nil until known
+	local    xds.Set                 // guarded by mu; built on this node; nil until known
 	secrets  map[string]xds.Resource // guarded by mu; replaced whole
-	merged   xds.Set                 // guarded by mu; upstream and secrets
+	merged   xds.Set                 // guarded by mu; upstream, local and secrets
 	onDemand map[string]answer       // guarded by mu; clusters asked for by name
 	present  map[string]uint64       // guarded by mu; network namespaces that exist
 	changed  chan struct{}           // guarded by mu
 	asked    chan struct{}           // signals that onDemand has new names
-	proxy    proxyState              // guarded by mu
+	proxies  map[*proxyStream]bool   // guarded by mu; those that are connected
+	opened   uint64                  // guarded by mu; proxies' streams so far
+
+	draining func(instance string) bool
 }
 
 // answer is what the control plane said about a name.
@@ -37,20 +42,15 @@ type answer struct {
 	resource xds.Resource
 }
 
-// proxyState is what the proxy's stream last reported.
-type proxyState struct {
-	streams int
-	opened  uint64  // streams so far
-	settled xds.Set // the set that the proxy has taken, nil if none
-	refused string  // the newest refusal since it last settled
-}
-
 // Config configures a Relay.
 type Config struct {
 	// Cache is the file that keeps the last good copy. Empty keeps none.
 	Cache string
 	Keys  Keys
-	Log   *slog.Logger
+	// Draining reports whether a proxy takes no new connections any more. Nil:
+	// every proxy that is connected takes them. It must not block.
+	Draining func(instance string) bool
+	Log      *slog.Logger
 }
 
 // New returns a Relay that serves the last good copy, if there is one.
@@ -60,6 +60,11 @@ func New(c Config) *Relay {
 		onDemand: map[string]answer{},
 		changed:  make(chan struct{}),
 		asked:    make(chan struct{}, 1),
+		proxies:  map[*proxyStream]bool{},
+		draining: c.Draining,
+	}
+	if r.draining == nil {
+		r.draining = func(string) bool { return false }
 	}
 	if set, err := loadCopy(c.Cache); err != nil {
 		c.Log.Warn("the last good copy of the proxy's configuration is not usable; waiting for the control plane", "error", err)
@@ -105,8 +110,8 @@ func (r *Relay) Lookup(typeURL, name string) (xds.Resource, xdsserver.Answer) {
 	return xds.Resource{}, xdsserver.Absent
 }
 
-// Version returns the hash of the copy, without the certificates; it equals
-// the control plane's hash when the copy is current.
+// Version returns the hash of what the control plane gave; it equals the
+// control plane's own hash when the copy is current.
 func (r *Relay) Version() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -114,23 +119,6 @@ func (r *Relay) Version() string {
 		return ""
 	}
 	return r.upstream.Version()
-}
-
-// Proxy says whether the proxy is connected, whether it has taken everything
-// that the relay has for it, and what it refused last.
-func (r *Relay) Proxy() (connected, current bool, refused string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	p := r.proxy
-	return p.streams > 0, p.streams > 0 && p.settled != nil && sameSet(p.settled, r.merged), p.refused
-}
-
-// Generation counts the proxy's connections so far. What was seen of a proxy
-// at one count says nothing about the proxy at another.
-func (r *Relay) Generation() uint64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.proxy.opened
 }
 
 // sameSet reports whether two sets are the same object.
@@ -159,7 +147,7 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	}
 	for _, n := range removed {
 		if _, ok := r.onDemand[n]; ok && typeURL == xds.TypeCluster {
-			r.onDemand[n] = answer{state: xdsserver.Absent}
+			r.onDemand[n] = answer{state: xdsserver.Found, resource: xds.Refused(n)}
 		}
 		delete(next[typeURL], n)
 	}
@@ -170,29 +158,31 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	}
 }
 
-// whole reports whether the copy has every type: what is taken up for the first
-// time comes type by type, and a part of it would look to a running proxy as if
-// the rest were removed. mu is held.
-func (r *Relay) whole() bool {
-	for _, t := range types {
-		if r.upstream[t] == nil {
-			return false
-		}
+// SetLocal gives the resources that this node builds for its own workloads.
+func (r *Relay) SetLocal(set xds.Set) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if sameSet(set, r.local) {
+		return
 	}
-	return true
+	r.local = set
+	r.publish()
 }
 
 // publish rebuilds what the proxy sees and wakes its stream. mu is held.
 //
-// Nothing is there to see before it is known which namespaces exist: a proxy
-// that has worked through a restart of the agent would take the listeners
-// that are still held back for removed ones, and end their connections.
+// Nothing is there to see before all parts are known: a proxy that has worked
+// through a restart of the agent would take what is still missing for removed,
+// and end its connections.
 func (r *Relay) publish() {
-	if r.upstream != nil && r.present != nil && r.whole() {
+	if r.upstream != nil && r.local != nil && r.present != nil {
 		m := xds.Set{}
-		maps.Copy(m, r.upstream)
+		maps.Copy(m, r.local)
 		m[xds.TypeSecret] = r.secrets
-		m[xds.TypeListener] = r.placed(r.upstream[xds.TypeListener])
+		m[xds.TypeListener] = r.placed(r.local[xds.TypeListener])
+		m[xds.TypeCluster] = map[string]xds.Resource{}
+		maps.Copy(m[xds.TypeCluster], r.local[xds.TypeCluster])
+		maps.Copy(m[xds.TypeCluster], r.upstream[xds.TypeCluster])
 		r.merged = m
 	}
 	close(r.changed)

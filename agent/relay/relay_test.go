@@ -146,6 +146,7 @@ func TestCopySurvivesControlPlane(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	r := New(Config{Cache: cache, Keys: noKeys{}, Log: log})
 	r.SetNamespaces(map[string]uint64{})
+	r.SetLocal(setOf(cluster(t, "shared", 1)))
 	if set, _ := r.Resources(); set != nil {
 		t.Fatal("a relay that never heard of the control plane has resources: the proxy would take them for all there is")
 	}
@@ -161,6 +162,7 @@ func TestCopySurvivesControlPlane(t *testing.T) {
 	stop()
 	again := New(Config{Cache: cache, Keys: noKeys{}, Log: log})
 	again.SetNamespaces(map[string]uint64{})
+	again.SetLocal(setOf(cluster(t, "shared", 1)))
 	if again.Version() != r.Version() || !has(again, xds.TypeCluster, "b") {
 		t.Error("a relay that starts anew does not have the last good copy")
 	}
@@ -168,7 +170,8 @@ func TestCopySurvivesControlPlane(t *testing.T) {
 
 // TestOnDemandPassesThrough: a destination that is asked for is asked for
 // upstream, once, and answered when that answers; names that are no
-// destinations are refused here.
+// destinations are refused here. One that the control plane does not know gets
+// a cluster that refuses, so that its callers do not wait.
 func TestOnDemandPassesThrough(t *testing.T) {
 	const known, unknown = "dst|10.0.0.1:80", "dst|10.0.0.2:80"
 	u := &upstream{changed: make(chan struct{}), set: setOf(cluster(t, "a", 1)), demand: map[string]xds.Resource{known: cluster(t, known, 1)}}
@@ -180,11 +183,14 @@ func TestOnDemandPassesThrough(t *testing.T) {
 	if _, a := r.Lookup(xds.TypeCluster, "tunnel"); a != xdsserver.Absent {
 		t.Errorf("a name that is no destination: %v", a)
 	}
-	for name, want := range map[string]xdsserver.Answer{known: xdsserver.Found, unknown: xdsserver.Absent} {
+	for name, want := range map[string]xds.Resource{known: u.demand[known], unknown: xds.Refused(unknown)} {
 		if _, a := r.Lookup(xds.TypeCluster, name); a != xdsserver.Pending {
 			t.Errorf("%s: first answer %v, want pending", name, a)
 		}
-		eventually(t, "an answer about "+name, func() bool { _, a := r.Lookup(xds.TypeCluster, name); return a == want })
+		eventually(t, "an answer about "+name, func() bool {
+			got, a := r.Lookup(xds.TypeCluster, name)
+			return a == xdsserver.Found && got.Version == want.Version
+		})
 	}
 	eventually(t, "the copy", func() bool { return r.Version() == u.set.Version() })
 	if has(r, xds.TypeCluster, known) {
@@ -196,12 +202,9 @@ func TestOnDemandPassesThrough(t *testing.T) {
 // exist would be refused by the proxy for good; one in a namespace that was
 // made anew must move there.
 func TestListenersWaitForTheirNamespace(t *testing.T) {
-	u := &upstream{changed: make(chan struct{}), set: setOf(listener(t, "in|a", "/run/netns/a"), listener(t, "tunnel", ""))}
-	conn, stopServer := u.serve(t)
-	defer stopServer()
 	r := New(Config{Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
-	defer follow(t, r, conn)()
-	eventually(t, "the copy", func() bool { return r.Version() == u.set.Version() })
+	r.apply(xds.TypeCluster, []xds.Resource{cluster(t, "a", 1)}, nil)
+	r.SetLocal(setOf(cluster(t, "shared", 1), listener(t, "in|a", "/run/netns/a"), listener(t, "tunnel", "")))
 	if set, _ := r.Resources(); set != nil {
 		t.Error("resources without knowing which namespaces exist")
 	}
@@ -219,23 +222,40 @@ func TestListenersWaitForTheirNamespace(t *testing.T) {
 	}
 }
 
-// TestRestartRemovesNoListener: an agent that starts again has the copy from
-// the start, and learns which namespaces exist a little later. The proxy, which
-// has worked on meanwhile, may ask in between; if it were told of the copy
-// without the listeners in namespaces, it would remove those and end every
-// connection of the node.
+// TestRestartRemovesNoListener: an agent that starts again learns of its parts
+// one after the other: the copy of what the control plane gave, what it builds
+// for its own workloads, which namespaces exist. The proxy, which has worked on
+// meanwhile, may ask in between; if it were told of some parts without the
+// others, it would remove the rest and end every connection of the node.
 func TestRestartRemovesNoListener(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "xds.pb")
-	if err := saveCopy(path, setOf(listener(t, "in|a", "/run/netns/a"), cluster(t, "a", 1))); err != nil {
+	if err := saveCopy(path, setOf(cluster(t, "a", 1))); err != nil {
 		t.Fatal(err)
 	}
-	r := New(Config{Cache: path, Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
-	if set, _ := r.Resources(); set != nil {
-		t.Errorf("the proxy sees %v before it is known which namespaces exist", set)
+	local := setOf(cluster(t, "shared", 1), listener(t, "in|a", "/run/netns/a"))
+	parts := map[string]func(*Relay){
+		"what is built here":      func(r *Relay) { r.SetLocal(local) },
+		"the namespaces":          func(r *Relay) { r.SetNamespaces(map[string]uint64{"/run/netns/a": 7}) },
+		"the control plane's set": func(r *Relay) { r.apply(xds.TypeCluster, []xds.Resource{cluster(t, "a", 1)}, nil) },
 	}
-	r.SetNamespaces(map[string]uint64{"/run/netns/a": 7})
-	if !has(r, xds.TypeListener, "in|a@7") || !has(r, xds.TypeCluster, "a") {
-		t.Error("the proxy does not get the copy")
+	for missing := range parts {
+		c := Config{Cache: path, Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)}
+		if missing == "the control plane's set" {
+			c.Cache = "" // nor is there a copy of it
+		}
+		r := New(c)
+		for name, give := range parts {
+			if name != missing {
+				give(r)
+			}
+		}
+		if set, _ := r.Resources(); set != nil {
+			t.Errorf("without %s, the proxy sees %v", missing, set)
+		}
+		parts[missing](r)
+		if !has(r, xds.TypeListener, "in|a@7") || !has(r, xds.TypeCluster, "a") || !has(r, xds.TypeCluster, "shared") {
+			t.Errorf("with %s at last, the proxy does not get everything", missing)
+		}
 	}
 }
 
@@ -250,25 +270,9 @@ func TestDamagedCopy(t *testing.T) {
 	}
 	r := New(Config{Cache: path, Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
 	r.SetNamespaces(map[string]uint64{})
+	r.SetLocal(setOf(cluster(t, "shared", 1)))
 	if set, _ := r.Resources(); set != nil {
 		t.Error("a damaged copy was used")
 	}
 }
 func writeGarbage(path string) error { return os.WriteFile(path, []byte{0xff, 0xff, 0xff}, 0o600) }
-
-// TestFirstCopyComesWhole: a relay without a copy, beside a proxy that has
-// worked on, hears of one type after the other. A proxy that is told of the
-// first of them only would take its listeners for removed.
-func TestFirstCopyComesWhole(t *testing.T) {
-	r := New(Config{Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
-	r.SetNamespaces(map[string]uint64{})
-	r.apply(xds.TypeCluster, []xds.Resource{cluster(t, "a", 1)}, nil)
-	r.apply(xds.TypeListener, []xds.Resource{listener(t, "tunnel", "")}, nil)
-	if set, _ := r.Resources(); set != nil {
-		t.Fatal("the proxy sees a copy of which routes are still to come")
-	}
-	r.apply(xds.TypeRoute, nil, nil) // an answer, even if there is nothing
-	if !has(r, xds.TypeCluster, "a") || !has(r, xds.TypeListener, "tunnel") {
-		t.Error("the copy is whole and the proxy does not see it")
-	}
-}

@@ -14,7 +14,7 @@ import (
 )
 
 // types are what the relay takes from the control plane.
-var types = []string{xds.TypeCluster, xds.TypeListener, xds.TypeRoute}
+var types = []string{xds.TypeCluster}
 
 // Follow keeps the copy equal to the control plane's until ctx ends,
 // reconnecting as often as needed.

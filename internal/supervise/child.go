@@ -82,6 +82,7 @@ func (c *child) start(ctx context.Context) (*exec.Cmd, error) {
 	lines := &lineWriter{out: c.out, name: c.Name}
 	cmd := exec.Command(c.Path, c.Args...)
 	cmd.Env = c.Env
+	cmd.Dir = c.Dir
 	cmd.Stdout, cmd.Stderr = lines, lines // one pipe: the order stays
 	cmd.WaitDelay = outputDelay
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}

@@ -31,6 +31,8 @@ type Process struct {
 	Args []string
 	// Env is its environment as "key=value". Nil means that of this process.
 	Env []string
+	// Dir is its working directory. Empty means that of this process.
+	Dir string
 	// Before, if set, runs before each start and may edit nothing of the
 	// Process. starts counts the starts so far that succeeded: 0 at first. Its
 	// context ends when Run's does. An error counts as a failed start.
