@@ -1,10 +1,8 @@
 package agent
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -19,8 +17,8 @@ import (
 	"github.com/signet-mesh/signet/internal/adminserver"
 )
 
-// serveAdmin answers the operator until ctx ends.
-func (a *agent) serveAdmin(ctx context.Context, l net.Listener) error {
+// admin answers an operator's questions.
+func (a *agent) admin() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, a.status(), nil) })
 	mux.HandleFunc("GET /v1/certificates", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, a.certificates(), nil) })
@@ -30,7 +28,7 @@ func (a *agent) serveAdmin(ctx context.Context, l net.Listener) error {
 		adminserver.Answer(w, v, err)
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics(), promhttp.HandlerOpts{}))
-	return adminserver.Serve(ctx, l, mux)
+	return mux
 }
 
 func (a *agent) status() adminv1.AgentStatus {
@@ -39,7 +37,7 @@ func (a *agent) status() adminv1.AgentStatus {
 	a.mu.Unlock()
 	connected, current, _ := a.relay.Proxy()
 	out := adminv1.AgentStatus{
-		Node: a.cfg.Node, ControlConnected: a.connected.Load(), ProxyConnected: connected,
+		Node: a.cfg.Node, Version: a.cfg.Version, ControlConnected: a.connected.Load(), ProxyConnected: connected,
 		Workloads: []adminv1.WorkloadStatus{}, Audit: a.store.Stats(),
 	}
 	if s == nil {

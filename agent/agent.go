@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -25,11 +24,15 @@ import (
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/agent/workloadapi"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/internal/adminserver"
+	"github.com/signet-mesh/signet/internal/proxy/instance"
 	"github.com/signet-mesh/signet/internal/unixsocket"
 )
 
 // Config says what an agent works with.
 type Config struct {
+	// Version of the program, to be told to who asks.
+	Version     string
 	Node        string
 	TrustDomain string
 	// Control is the control plane's address as gRPC takes it, such as
@@ -43,23 +46,30 @@ type Config struct {
 	StateDir string
 	// RunDir holds the sockets.
 	RunDir string
-	Log    *slog.Logger
+	// NoAudit keeps no audit; for measuring what it costs.
+	NoAudit bool
+	// Pods makes the agent the node's part in a Kubernetes cluster; nil: it is
+	// not in one.
+	Pods *PodConfig
+	Log  *slog.Logger
+}
+
+// PodConfig is what an agent in a cluster needs beside.
+type PodConfig struct {
+	// Namespace is the release's own: its pods are never held back.
+	Namespace string
+	// Admin is the TCP address for the control plane's questions, Health that
+	// for kubelet's and for metrics. Empty: not served.
+	Admin, Health string
 }
 
 // Places below the directories.
 
-// Spool is the file that the proxy appends audit lines to.
+// Spool is the file that the node's proxies append audit lines to.
 func Spool(state string) string { return filepath.Join(state, "spool", "access.log") }
 
 // ProxySocket is where the proxy gets its configuration.
 func ProxySocket(run string) string { return filepath.Join(run, "ads.sock") }
-
-// ProxyAdmin is the proxy's own admin socket.
-func ProxyAdmin(run string) string { return filepath.Join(run, "envoy.sock") }
-
-// ProxyEpoch is a file that is written anew before each start of the proxy:
-// what was open before its modification time is gone.
-func ProxyEpoch(run string) string { return filepath.Join(run, "proxy.epoch") }
 
 // WorkloadSocket is the SPIFFE Workload API, open to every process.
 func WorkloadSocket(run string) string { return filepath.Join(run, "api", "agent.sock") }
@@ -80,15 +90,16 @@ type agent struct {
 	live     *live
 	plain    *plaintext
 	rules    capturing
+	pods     *pods // nil outside a cluster
 	client   nodev1.NodeClient
 
 	connected atomic.Bool   // the control plane's watch is open
 	ready     atomic.Bool   // a state has been taken
 	poke      chan struct{} // the state changed
 
-	mu          sync.Mutex
-	state       *nodeState // guarded by mu; replaced whole
-	reportedRev string     // guarded by mu; last revision the proxy had in full
+	mu       sync.Mutex
+	state    *nodeState // guarded by mu; replaced whole
+	reported reported   // guarded by mu; what the control plane was told last
 }
 
 // Run joins the mesh if this node has not yet, and serves until ctx ends.
@@ -105,6 +116,11 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), poke: make(chan struct{}, 1)}
 	a.rules.applied = map[string]bool{}
+	if cfg.Pods != nil {
+		if a.pods, err = openPods(cfg.RunDir, cfg.Log); err != nil {
+			return err
+		}
+	}
 	if a.store, err = audit.Open(filepath.Join(cfg.StateDir, "audit"), cfg.Node, cfg.Log); err != nil {
 		return fmt.Errorf("audit store: %w", err)
 	}
@@ -113,13 +129,13 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("audit store: %w", err)
 	}
 	if a.tailer, err = audit.NewTailer(a.store, cfg.Log, audit.TailOptions{
-		Path: Spool(cfg.StateDir), Decode: a.decode, Reopen: a.reopenLog, Poll: 10 * time.Millisecond,
+		Path: Spool(cfg.StateDir), Decode: a.decode, Reopen: reopened, Poll: 10 * time.Millisecond,
 	}); err != nil {
 		return err
 	}
 	a.attestor = attest.New()
 	a.svids = svid.New(svid.Config{Issuer: issuer{a}, Dir: filepath.Join(cfg.StateDir, "svids"), Log: cfg.Log})
-	a.relay = relay.New(relay.Config{Cache: filepath.Join(cfg.StateDir, "xds.pb"), Keys: a.svids, Log: cfg.Log})
+	a.relay = relay.New(relay.Config{Cache: filepath.Join(cfg.StateDir, "xds.pb"), Keys: a.svids, Draining: func(id string) bool { return instance.Draining(cfg.RunDir, id) }, Log: cfg.Log})
 	a.loadState()
 	return a.serve(ctx)
 }
@@ -155,13 +171,19 @@ func (a *agent) serve(ctx context.Context) error {
 	}
 	g.Go(func() error { return proxy.Serve(proxySocket) })
 	run(func(ctx context.Context) { <-ctx.Done(); proxy.Stop() })
-	g.Go(func() error { return a.serveAdmin(ctx, adminSocket) })
+	g.Go(func() error { return adminserver.Serve(ctx, adminSocket, a.admin()) })
+	if a.cfg.Pods != nil {
+		if err := a.servePods(ctx, g); err != nil {
+			return err
+		}
+	}
 	g.Go(func() error { return workloads.Serve(ctx, workloadSocket) })
 	g.Go(func() error { return a.tailer.Run(ctx) })
 	g.Go(func() error { return a.svids.Run(ctx) })
 	run(a.relay.FollowKeys)
 	run(a.capture)
-	run(a.followEpoch)
+	run(a.reports)
+	run(a.followProxies)
 	// The rest needs the node's certificate. What is above works without the
 	// control plane on what an earlier run left.
 	g.Go(func() error {
@@ -199,78 +221,24 @@ func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byt
 	if i.client == nil {
 		return nil, fmt.Errorf("not connected to the control plane yet")
 	}
-	resp, err := i.client.Issue(ctx, &nodev1.IssueRequest{Workload: workload, Csr: csr})
+	resp, err := i.client.Issue(ctx, &nodev1.IssueRequest{Workload: workload, Csr: csr, Uid: i.uid(workload)})
 	return resp.GetChain(), err
+}
+
+// uid returns the UID of the pod that is a workload now.
+func (a *agent) uid(workload string) string {
+	a.mu.Lock()
+	s := a.state
+	a.mu.Unlock()
+	if s == nil {
+		return ""
+	}
+	if w := s.workload(workload); w != nil {
+		return w.UID
+	}
+	return ""
 }
 
 func svidState(s *nodeState) svid.State {
 	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, Workloads: s.workloads, TTL: s.ttl}
-}
-
-// report tells the control plane when the proxy has taken a revision in full.
-func (a *agent) report(ctx context.Context, s *nodeState) {
-	_, current, _ := a.relay.Proxy()
-	if !current || !a.connected.Load() || a.relay.Version() != s.xdsVersion || a.reported() == s.revision {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	if _, err := a.client.Report(ctx, &nodev1.ReportRequest{Revision: s.revision}); err != nil {
-		a.log.Warn("reporting the revision in force", "error", err)
-		return
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.reportedRev = s.revision
-}
-
-func (a *agent) reported() string {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.reportedRev
-}
-
-// reopenLog makes the proxy close the spool and open it anew.
-func (a *agent) reopenLog(ctx context.Context) error {
-	client := &http.Client{Transport: &http.Transport{DialContext: unixsocket.Dialer(ProxyAdmin(a.cfg.RunDir)), DisableKeepAlives: true}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://proxy/reopen_logs", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("proxy: %s", resp.Status)
-	}
-	return nil
-}
-
-// followEpoch closes the records of connections that a dead proxy had open.
-func (a *agent) followEpoch(ctx context.Context) {
-	var handled time.Time
-	for {
-		if info, err := os.Stat(ProxyEpoch(a.cfg.RunDir)); err == nil && info.ModTime().After(handled) {
-			epoch := info.ModTime()
-			if err := a.tailer.Sync(ctx); err == nil {
-				n, err := a.store.CloseOpen(ctx, "proxy-lost", epoch, func(r audit.Record) bool { return r.Start.Before(epoch) })
-				if err != nil {
-					a.log.Error("closing the records of a dead proxy", "error", err)
-				} else {
-					handled = epoch
-					if n > 0 {
-						a.live.forget(epoch)
-						a.log.Warn("a proxy died; its open connections were closed in the audit", "count", n)
-					}
-				}
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(200 * time.Millisecond):
-		}
-	}
 }

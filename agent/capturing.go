@@ -13,6 +13,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/internal/mesh"
+	"github.com/signet-mesh/signet/xds"
 )
 
 // capturing keeps the rules in every captured namespace as they must be, and
@@ -21,7 +22,30 @@ type capturing struct {
 	mu      sync.Mutex
 	applied map[string]bool   // guarded by mu; namespaces with our rules
 	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
+	pods    map[string]sight  // guarded by mu; the same by pod UID
 	proxy   uint64            // guarded by mu; the relay's generation when that was seen
+}
+
+// sight is what was seen of one pod.
+type sight struct {
+	began   time.Time // of the look
+	inode   uint64    // of its network namespace
+	problem string
+}
+
+// problem says what is wrong with a pod in a network namespace, by a look that
+// began after an instant; "" if nothing is.
+func (c *capturing) problem(uid string, inode uint64, since time.Time) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch s, ok := c.pods[uid]; {
+	case !ok || s.began.Before(since):
+		return "not looked at yet"
+	case s.problem == "" && s.inode != inode:
+		return "another network namespace of the pod is captured"
+	default:
+		return s.problem
+	}
 }
 
 // lookEvery is how often the kernel's rules are read back.
@@ -33,12 +57,8 @@ func (a *agent) capture(ctx context.Context) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	for {
-		a.mu.Lock()
-		s := a.state
-		a.mu.Unlock()
-		if s != nil {
+		if s := a.place(ctx); s != nil {
 			a.look(s)
-			a.report(ctx, s)
 		}
 		select {
 		case <-ctx.Done():
@@ -51,12 +71,17 @@ func (a *agent) capture(ctx context.Context) {
 
 // look compares every namespace with the state and repairs what differs.
 func (a *agent) look(s *nodeState) {
+	began := time.Now()
 	present := map[string]uint64{}
 	seen := map[string]string{}
 	wanted := map[string]bool{}
 	for i := range s.workloads {
 		w := &s.workloads[i]
 		if w.Capture == nil {
+			continue
+		}
+		if w.Capture.NetNS == "" {
+			seen[w.Key()] = a.pods.absent(w.UID)
 			continue
 		}
 		wanted[w.Capture.NetNS] = true
@@ -97,14 +122,70 @@ func (a *agent) look(s *nodeState) {
 		a.log.Info("network namespace released", "netns", netns)
 		delete(a.rules.applied, netns)
 	}
+	a.pods.release(s, func(path string) bool { return a.rules.applied[path] })
 	a.rules.seen, a.rules.proxy = seen, proxy
+	a.rules.pods = map[string]sight{}
+	for i := range s.workloads {
+		if w := &s.workloads[i]; w.UID != "" && w.Capture != nil {
+			a.rules.pods[w.UID] = sight{began: began, inode: present[w.Capture.NetNS], problem: seen[w.Key()]}
+		}
+	}
+}
+
+// place puts the newest state where its pods are, and gives the proxy what
+// follows from that. It returns nil while there is no state.
+func (a *agent) place(ctx context.Context) *nodeState {
+	a.mu.Lock()
+	s := a.state
+	a.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	if a.pods != nil {
+		if places := a.pods.place(ctx, s.workloads); !samePlaces(places, s.workloads) {
+			moved := *s
+			moved.workloads = places
+			a.mu.Lock()
+			if a.state != s { // a newer one came meanwhile; it is placed next
+				a.mu.Unlock()
+				a.wake()
+				return s
+			}
+			a.state = &moved
+			a.mu.Unlock()
+			s = &moved
+			a.live.update(s)
+		}
+	}
+	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog()})
+	if err != nil {
+		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
+		return s
+	}
+	a.relay.SetLocal(set)
+	return s
+}
+
+func (a *agent) accessLog() string {
+	if a.cfg.NoAudit {
+		return ""
+	}
+	return xds.AuditPipe
+}
+
+// wake makes the agent look again now.
+func (a *agent) wake() {
+	select {
+	case a.poke <- struct{}{}:
+	default:
+	}
 }
 
 // hold puts one namespace's rules in place if they are not, and returns what
 // is wrong, "" if nothing is.
 func (a *agent) hold(w *mesh.Workload) string {
 	netns := w.Capture.NetNS
-	err := capture.Verify(netns)
+	err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes})
 	if err != nil {
 		a.rules.mu.Lock()
 		again := a.rules.applied[netns]
@@ -112,10 +193,10 @@ func (a *agent) hold(w *mesh.Workload) string {
 		if again {
 			a.log.Warn("capture rules were not in place and are repaired", "netns", netns, "found", err)
 		}
-		if err := capture.Apply(netns); err != nil {
+		if err := capture.Apply(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
 			return "capture rules: " + err.Error()
 		}
-		if err := capture.Verify(netns); err != nil {
+		if err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
 			return "capture rules: " + err.Error()
 		}
 		if n, err := capture.ResetEstablished(netns); err != nil {

@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -32,13 +31,11 @@ type live struct {
 
 // revocation is why a connection was ended from here.
 type revocation struct {
-	start  time.Time // of the connection
 	reason string
 }
 
 // liveConn is one connection at its destination.
 type liveConn struct {
-	start    time.Time
 	from     spiffeid.ID
 	workload string // namespace/name of the destination
 	local    netip.AddrPort
@@ -84,7 +81,7 @@ func (l *live) see(e *audit.Event) {
 		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
 		return
 	}
-	l.conns[r.ID] = liveConn{start: r.Start, from: from, workload: r.Destination.Workload, local: local, remote: remote}
+	l.conns[r.ID] = liveConn{from: from, workload: r.Destination.Workload, local: local, remote: remote}
 	l.judge(r.ID)
 }
 
@@ -105,41 +102,34 @@ func (l *live) judge(id string) {
 	}
 	c := l.conns[id]
 	w := l.state.workload(c.workload)
-	if w == nil || w.Capture == nil || l.state.modes[w.Namespace] != mesh.ModeEnforce {
-		return // gone, or observed: nothing is enforced
+	if w == nil || w.Capture == nil {
+		return // gone
 	}
 	d := l.state.model.Decide(authz.Request{
 		From:   c.from,
 		Target: authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
 		Port:   c.remote.Port(),
 	})
-	if d.Verdict == authz.Allow {
-		return
+	if d.Verdict == authz.Allow || l.state.modes[w.Namespace] != mesh.ModeEnforce && d.Quarantine == "" {
+		return // an observed namespace enforces quarantines only
 	}
 	delete(l.conns, id)
 	switch err := l.destroy(w.Capture.NetNS, c.local, c.remote); {
 	case err == nil:
-		l.revoked[id] = revocation{start: c.start, reason: d.Reason}
+		l.revoked[id] = revocation{reason: d.Reason}
 		l.log.Info("connection revoked", "from", c.from, "to", c.workload, "port", c.remote.Port(), "reason", d.Reason)
 	case !errors.Is(err, capture.ErrNotFound): // not found: it ended by itself
 		l.log.Error("a connection that is no longer allowed could not be ended", "from", c.from, "to", c.workload, "error", err)
 	}
 }
 
-// forget drops what a dead proxy had open: the connections from before epoch.
-// Those of the proxy that runs now stay.
-func (l *live) forget(epoch time.Time) {
+// forget drops what a dead proxy had open, by record id.
+func (l *live) forget(lost map[string]bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for id, c := range l.conns {
-		if c.start.Before(epoch) {
-			delete(l.conns, id)
-		}
-	}
-	for id, r := range l.revoked {
-		if r.start.Before(epoch) {
-			delete(l.revoked, id)
-		}
+	for id := range lost {
+		delete(l.conns, id)
+		delete(l.revoked, id)
 	}
 }
 

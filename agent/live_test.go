@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -112,17 +111,35 @@ func TestLiveForgetsOnlyTheDeadProxy(t *testing.T) {
 	ended := 0
 	l.destroy = func(string, netip.AddrPort, netip.AddrPort) error { ended++; return nil }
 	l.update(stateWith(mesh.ModeEnforce, web))
-	epoch := time.Now()
-	before, after := opened("1", web, "10.0.0.1:5432"), opened("2", web, "10.0.0.1:5432")
-	before.Record.Start, after.Record.Start = epoch.Add(-time.Second), epoch.Add(time.Millisecond)
-	l.see(before)
-	l.see(after)
-	l.forget(epoch)
+	l.see(opened("1", web, "10.0.0.1:5432"))
+	l.see(opened("2", web, "10.0.0.1:5432"))
+	l.forget(map[string]bool{"1": true})
 	if n := l.count("shop/db"); n != 1 {
 		t.Fatalf("%d open connections, want the one of the new proxy", n)
 	}
 	l.update(stateWith(mesh.ModeEnforce))
 	if ended != 1 {
 		t.Errorf("%d ended by the edit, want 1", ended)
+	}
+}
+
+// TestLiveQuarantineEndsInObserveToo: a quarantine is not a policy; it cuts
+// off what an observed namespace lets through, and nobody else.
+func TestLiveQuarantineEndsInObserveToo(t *testing.T) {
+	l := newLive(slog.New(slog.DiscardHandler))
+	var ended []netip.AddrPort
+	l.destroy = func(_ string, local, _ netip.AddrPort) error { ended = append(ended, local); return nil }
+	l.update(stateWith(mesh.ModeObserve))
+	l.see(opened("1001", web, "10.0.0.1:5432"))
+	l.see(opened("1002", batch, "10.0.0.1:5432"))
+	s := stateWith(mesh.ModeObserve)
+	pattern, err := authz.ParsePattern(web)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.model = s.model.WithQuarantines(spiffeid.RequireTrustDomainFromString("mesh.test"), []authz.Quarantine{{Name: "incident-7", Identities: []authz.Pattern{pattern}}})
+	l.update(s)
+	if len(ended) != 1 || ended[0].Port() != 1001 {
+		t.Fatalf("ended %v, want the connection of %s only", ended, web)
 	}
 }

@@ -64,7 +64,16 @@ func openNode(cfg Config) (*nodeIdentity, error) {
 }
 
 func (n *nodeIdentity) file() string       { return filepath.Join(n.dir, "node.pem") }
-func (n *nodeIdentity) bundleFile() string { return filepath.Join(n.dir, "bundle.pem") }
+func (n *nodeIdentity) bundleFile() string { return bundleFile(n.dir) }
+
+func bundleFile(state string) string { return filepath.Join(state, "bundle.pem") }
+
+// KnowsRoots reports whether an earlier run of this node left the roots that it
+// trusted, so that Config.Bundle is not needed.
+func KnowsRoots(state string) bool {
+	info, err := os.Stat(bundleFile(state))
+	return err == nil && info.Size() > 0
+}
 
 // certificate returns the current certificate for a handshake.
 func (n *nodeIdentity) certificate() (*tls.Certificate, error) {
@@ -151,6 +160,10 @@ func (n *nodeIdentity) keep(ctx context.Context, client nodev1.NodeClient) {
 		err = n.obtain(ctx, func(ctx context.Context, csr []byte) (*nodev1.NodeSVID, error) {
 			return client.Renew(ctx, &nodev1.RenewRequest{Csr: csr})
 		})
+		if err != nil && time.Now().After(leaf.NotAfter) {
+			// Nothing is left to renew with.
+			err = errors.Join(err, n.tryJoin(ctx))
+		}
 		n.mu.Lock()
 		n.lastError = ""
 		if err != nil {

@@ -29,6 +29,19 @@ type nodeState struct {
 	workloads   []mesh.Workload
 	modes       map[string]mesh.Mode // by namespace
 	model       *authz.Model
+	identities  []spiffeid.ID   // see mesh.View
+	enrolled    map[string]bool // every namespace of the mesh that takes part
+	excluded    map[string]bool // UIDs of pods here that opted out
+}
+
+// view is what the node's own configuration is built from.
+func (s *nodeState) view() *mesh.View {
+	return &mesh.View{
+		Revision: s.revision, Model: s.model, Identities: s.identities,
+		State: &mesh.State{
+			TrustDomain: s.trustDomain, SVIDTTL: s.ttl, Namespaces: s.modes, Workloads: s.workloads,
+		},
+	}
 }
 
 // parseState checks everything that comes over the wire before any of it is used.
@@ -40,6 +53,7 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 	s := &nodeState{
 		revision: m.GetRevision(), xdsVersion: m.GetXdsVersion(), trustDomain: td,
 		ttl: time.Duration(m.GetSvidTtlSeconds()) * time.Second, modes: map[string]mesh.Mode{},
+		enrolled: map[string]bool{}, excluded: map[string]bool{},
 	}
 	for _, der := range m.GetBundle() {
 		c, err := x509.ParseCertificate(der)
@@ -56,6 +70,19 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 		s.workloads = append(s.workloads, parsed)
 		s.modes[parsed.Namespace] = mode
 	}
+	for _, text := range m.GetIdentities() {
+		id, err := spiffeid.FromString(text)
+		if err != nil {
+			return nil, fmt.Errorf("identities: %w", err)
+		}
+		s.identities = append(s.identities, id)
+	}
+	for _, ns := range m.GetEnrolledNamespaces() {
+		s.enrolled[ns] = true
+	}
+	for _, uid := range m.GetExcludedPods() {
+		s.excluded[uid] = true
+	}
 	var policies []authz.Policy
 	for _, p := range m.GetPolicies() {
 		out := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount()}
@@ -71,13 +98,25 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 		}
 		policies = append(policies, out)
 	}
-	s.model = authz.NewModel(policies)
+	var quarantines []authz.Quarantine
+	for _, q := range m.GetQuarantined() {
+		out := authz.Quarantine{Name: q.GetName()}
+		for _, text := range q.GetIdentities() {
+			pattern, err := authz.ParsePattern(text)
+			if err != nil {
+				return nil, fmt.Errorf("quarantine %q: %w", q.GetName(), err)
+			}
+			out.Identities = append(out.Identities, pattern)
+		}
+		quarantines = append(quarantines, out)
+	}
+	s.model = authz.NewModel(policies).WithQuarantines(td, quarantines)
 	return s, nil
 }
 
 func parseWorkload(w *nodev1.Workload, node string) (mesh.Workload, mesh.Mode, error) {
 	out := mesh.Workload{
-		Namespace: w.GetNamespace(), Name: w.GetName(), ServiceAccount: w.GetServiceAccount(), Node: node,
+		Namespace: w.GetNamespace(), Name: w.GetName(), ServiceAccount: w.GetServiceAccount(), Node: node, UID: w.GetUid(),
 	}
 	mode, ok := mesh.ParseMode(w.GetMode())
 	if !ok || mode == mesh.ModeOff {
@@ -88,7 +127,7 @@ func parseWorkload(w *nodev1.Workload, node string) (mesh.Workload, mesh.Mode, e
 		return out, 0, err
 	}
 	if a := w.GetAttest(); a != nil {
-		out.Attest = &mesh.Attest{UID: a.Uid, Path: a.GetPath(), SHA256: a.GetSha256(), SystemdUnit: a.GetSystemdUnit(), Cgroup: a.GetCgroup()}
+		out.Attest = &mesh.Attest{UID: a.Uid, Path: a.GetPath(), SHA256: a.GetSha256(), SystemdUnit: a.GetSystemdUnit(), Cgroup: a.GetCgroup(), PodUID: a.GetPodUid()}
 	}
 	if c := w.GetCapture(); c != nil {
 		out.Capture = &mesh.Capture{NetNS: c.GetNetns()}
@@ -98,6 +137,12 @@ func parseWorkload(w *nodev1.Workload, node string) (mesh.Workload, mesh.Mode, e
 				return out, 0, err
 			}
 			out.Capture.Addrs = append(out.Capture.Addrs, addr)
+		}
+		for _, p := range c.GetProbePorts() {
+			if p == 0 || p > 65535 {
+				return out, 0, fmt.Errorf("probe port %d", p)
+			}
+			out.Capture.Probes = append(out.Capture.Probes, uint16(p))
 		}
 	}
 	return out, mode, nil
@@ -132,7 +177,7 @@ func (a *agent) loadState() {
 	if err == nil {
 		// Should a workload have left meanwhile, its rules must go.
 		for i := range a.state.workloads {
-			if c := a.state.workloads[i].Capture; c != nil {
+			if c := a.state.workloads[i].Capture; c != nil && c.NetNS != "" {
 				a.rules.applied[c.NetNS] = true
 			}
 		}
@@ -148,6 +193,9 @@ func (a *agent) take(m *nodev1.NodeState) error {
 	if err != nil {
 		return err
 	}
+	if a.pods != nil {
+		s.workloads = a.pods.place(context.Background(), s.workloads)
+	}
 	a.mu.Lock()
 	a.state = s
 	a.mu.Unlock()
@@ -155,10 +203,7 @@ func (a *agent) take(m *nodev1.NodeState) error {
 	a.attestor.SetWorkloads(s.workloads) // first: who lost an identity hears so, and not of a certificate
 	a.svids.Update(svidState(s))
 	a.ready.Store(true)
-	select {
-	case a.poke <- struct{}{}:
-	default:
-	}
+	a.wake()
 	return nil
 }
 
@@ -185,7 +230,7 @@ func (a *agent) watch(ctx context.Context, client nodev1.NodeClient) {
 func (a *agent) watchOnce(ctx context.Context, client nodev1.NodeClient) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := client.Watch(ctx, &nodev1.WatchRequest{Revision: a.reported()})
+	stream, err := client.Watch(ctx, &nodev1.WatchRequest{Revision: a.reportedRevision()})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,47 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/agent/netns"
+)
+
+// ReleaseNode lets every pod of this node go, when the mesh is removed from
+// the cluster: pods keep running, without the mesh, and nothing of it stays on
+// the node. No agent may run meanwhile. It does as much as it can and returns
+// what it could not.
+func ReleaseNode(cfg Config) error {
+	store, err := netns.Open(PinDir(cfg.RunDir), "/proc/1/ns/net")
+	if err != nil {
+		return err
+	}
+	pins, err := store.List()
+	errs := []error{err}
+	for _, pin := range pins {
+		if err := capture.Remove(pin.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("pod %s: %w", pin.UID, err))
+			continue // pinned, it can be tried again
+		}
+		errs = append(errs, store.Unpin(pin.UID))
+	}
+	cfg.Log.Info("pods released", "count", len(pins))
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return errors.Join(empty(cfg.StateDir), os.RemoveAll(PinDir(cfg.RunDir)))
+}
+
+// empty removes what is in a directory, which may be a mount itself.
+func empty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	errs := []error{err}
+	for _, e := range entries {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return errors.Join(errs...)
+}
