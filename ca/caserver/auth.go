@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -68,7 +69,7 @@ func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.Unary
 }
 
 // StreamInterceptor does the same for streams, and ends a stream when the
-// certificate that opened it expires.
+// certificate that opened it expires or its node is quarantined.
 func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	name, leaf, err := s.authenticate(stream.Context(), info.FullMethod)
 	if err != nil {
@@ -76,7 +77,20 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	}
 	ctx, cancel := context.WithTimeout(context.WithValue(stream.Context(), nodeKey{}, name), leaf.NotAfter.Sub(s.now()))
 	defer cancel()
+	var cut atomic.Pointer[string] // the quarantine that ended the stream
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		if quarantine, ok := s.awaitQuarantine(ctx, name); ok {
+			cut.Store(&quarantine)
+			cancel()
+		}
+	}()
 	err = handler(srv, &nodeStream{stream, ctx})
+	defer func() { cancel(); <-watched }()
+	if quarantine := cut.Load(); quarantine != nil {
+		return s.refuseQuarantined(ctx, info.FullMethod, name, *quarantine)
+	}
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) && stream.Context().Err() == nil {
 		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection has expired; connect again with a renewed one")
 	}
@@ -116,5 +130,38 @@ func (s *Server) authenticate(ctx context.Context, call string) (string, *x509.C
 	if !ok {
 		return "", nil, s.refuse(ctx, call, "", codes.PermissionDenied, "the certificate is for %q, which is not a node; only nodes may call", id)
 	}
+	if quarantine, cut := s.quarantined(name); cut {
+		return "", nil, s.refuseQuarantined(ctx, call, name, quarantine)
+	}
 	return name, certs[0], nil
+}
+
+// quarantined names the quarantine that cuts a node off in the newest view.
+func (s *Server) quarantined(node string) (quarantine string, cut bool) {
+	view, _ := s.feed.Get()
+	if view == nil {
+		return "", false
+	}
+	return view.Model.QuarantinedNode(node)
+}
+
+// awaitQuarantine waits until a node is cut off; false when ctx ended first.
+func (s *Server) awaitQuarantine(ctx context.Context, node string) (quarantine string, cut bool) {
+	for {
+		view, changed := s.feed.Get()
+		if view != nil {
+			if quarantine, cut := view.Model.QuarantinedNode(node); cut {
+				return quarantine, true
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return "", false
+		}
+	}
+}
+
+func (s *Server) refuseQuarantined(ctx context.Context, call, node, quarantine string) error {
+	return s.refuse(ctx, call, node, codes.PermissionDenied, "node %q is cut off by quarantine %q", node, quarantine)
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/time/rate"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 )
 
 // node is what is known about a node that has proven its name. Entries are
@@ -15,9 +16,13 @@ import (
 type node struct {
 	limiter *rate.Limiter // safe for concurrent use
 
-	streams  int       // guarded by Server.mu; open Watch calls
-	revision string    // guarded by Server.mu
-	since    time.Time // guarded by Server.mu; when connected last changed
+	streams  int                      // guarded by Server.mu; open Watch calls
+	revision string                   // guarded by Server.mu; the newest that the node has reported
+	sent     []string                 // guarded by Server.mu; the revisions under which it was sent its newest state
+	current  string                   // guarded by Server.mu; the newest revision in which that state is the same
+	report   []*nodev1.WorkloadReport // guarded by Server.mu; replaced whole
+	reported time.Time                // guarded by Server.mu; when; zero: never
+	since    time.Time                // guarded by Server.mu; when connected last changed
 }
 
 // node returns the entry of a node, making it at first sight.
@@ -67,6 +72,63 @@ func (s *Server) Acked(name, revision string) {
 	s.nodeLocked(name).revision = revision
 }
 
+// sending notes what a node is told: whether the state of this revision is news
+// to it, and whether it is sent.
+func (s *Server) sending(name, revision string, news, send bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodeLocked(name)
+	if news {
+		n.sent = nil
+	}
+	if send {
+		if len(n.sent) >= maxSent {
+			n.sent = append([]string(nil), n.sent[1:]...)
+		}
+		n.sent = append(n.sent, revision)
+	}
+	n.current = revision
+}
+
+// maxSent bounds how many names of one state are remembered, for a node that
+// is slow to confirm.
+const maxSent = 8
+
+// inForce is the revision that the node's proxy acts by. When it has taken the
+// newest state that it was sent, that is the newest revision in which its state
+// is the same.
+func (n *node) inForce() string {
+	if slices.Contains(n.sent, n.revision) {
+		return n.current
+	}
+	return n.revision
+}
+
+// NodeReport is what a node has last said about itself.
+type NodeReport struct {
+	Node      string
+	Connected bool
+	// Revision is in force on the node.
+	Revision string
+	// At is when it reported; zero: never since the start.
+	At time.Time
+	// Workloads is the report. It is shared: callers must not edit it.
+	Workloads []*nodev1.WorkloadReport
+}
+
+// Reports returns what the nodes that have called since the start have last
+// reported, sorted by name.
+func (s *Server) Reports() []NodeReport {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]NodeReport, 0, len(s.nodes))
+	for name, n := range s.nodes {
+		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report})
+	}
+	slices.SortFunc(out, func(a, b NodeReport) int { return cmp.Compare(a.Node, b.Node) })
+	return out
+}
+
 // Nodes returns the nodes that have called since the start and those that
 // the newest view puts workloads on, sorted by name. Since is when a node was
 // last connected or lost, and zero for one that has never called.
@@ -76,7 +138,7 @@ func (s *Server) Nodes() []adminv1.NodeStatus {
 	defer s.mu.Unlock()
 	var out []adminv1.NodeStatus
 	for name, n := range s.nodes {
-		out = append(out, adminv1.NodeStatus{Name: name, Connected: n.streams > 0, Revision: n.revision, Since: n.since})
+		out = append(out, adminv1.NodeStatus{Name: name, Connected: n.streams > 0, Revision: n.inForce(), Since: n.since})
 	}
 	if view != nil && view.State != nil {
 		added := make(map[string]bool)

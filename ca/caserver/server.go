@@ -32,7 +32,7 @@ const (
 type Config struct {
 	Authority *ca.Authority // required
 	Feed      *mesh.Feed    // required
-	Tokens    *TokenStore   // required
+	Tokens    Joiner        // required
 	// NodeTTL is the lifetime of node certificates. It is longer than a
 	// workload's because a node whose certificate has expired has to join
 	// again. Zero means DefaultNodeTTL.
@@ -50,13 +50,22 @@ type Config struct {
 	Now func() time.Time
 }
 
+// Joiner says which node a join token stands for.
+type Joiner interface {
+	// Redeem spends a token and returns the name of the node. Of any number
+	// of callers with one token at most one succeeds. A token that is not
+	// good, or no longer, is ErrToken or wraps it; any other error means that
+	// tokens cannot be redeemed now. It is safe for concurrent use.
+	Redeem(ctx context.Context, token string) (node string, err error)
+}
+
 // Server implements the node API. It is safe for concurrent use.
 type Server struct {
 	nodev1.UnimplementedNodeServer
 
 	authority  *ca.Authority
 	feed       *mesh.Feed
-	tokens     *TokenStore
+	tokens     Joiner
 	nodeTTL    time.Duration
 	xdsVersion func(*mesh.View, string) string
 	rate       rate.Limit
@@ -123,13 +132,19 @@ func (s *Server) refuse(ctx context.Context, call, node string, code codes.Code,
 // Join trades a one-use join token for a node certificate. The token is spent
 // even when the request that came with it is bad.
 func (s *Server) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.NodeSVID, error) {
-	name, err := s.tokens.Redeem(req.GetToken())
+	name, err := s.tokens.Redeem(ctx, req.GetToken())
 	switch {
 	case errors.Is(err, ErrToken):
+		if err != ErrToken { //nolint:errorlint // the bare sentinel has nothing to add
+			s.log.WarnContext(ctx, "join token refused", "reason", err)
+		}
 		return nil, s.refuse(ctx, "Join", "", codes.PermissionDenied, "join token is unknown, used or expired; create a new one on the control plane")
 	case err != nil:
 		s.log.ErrorContext(ctx, "redeeming a join token failed", "err", err)
 		return nil, status.Error(codes.Unavailable, "join tokens cannot be redeemed now; see the control plane's log")
+	}
+	if quarantine, cut := s.quarantined(name); cut {
+		return nil, s.refuseQuarantined(ctx, "Join", name, quarantine)
 	}
 	return s.issueNode(ctx, "Join", name, req.GetCsr())
 }
@@ -177,6 +192,11 @@ func (s *Server) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.I
 	w := view.State.Workload(req.GetWorkload())
 	if w == nil || w.Node != name {
 		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "workload %s is not on node %q", quote(req.GetWorkload()), name)
+	}
+	// A pod that was replaced by another of its name gets nothing: the name
+	// alone would let its node go on in the name of the next one.
+	if w.UID != "" && req.GetUid() != w.UID {
+		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "uid: workload %s is not pod %s", quote(w.Key()), quote(req.GetUid()))
 	}
 	if view.State.Mode(w.Namespace) == mesh.ModeOff {
 		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "namespace %q of workload %q is off; annotate it with signet.dev/mesh: enforce or observe", w.Namespace, w.Key())

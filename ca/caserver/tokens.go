@@ -1,6 +1,7 @@
 package caserver
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
@@ -104,12 +105,12 @@ func (s *TokenStore) store(path string, data []byte) error {
 	return s.syncDir()
 }
 
-// Redeem spends a token and returns the node that it stands for. Of any number
+// Redeem implements Joiner: it spends a token and returns the node that it stands for. Of any number
 // of callers, at once or one after another, at most one succeeds; the others
 // get ErrToken. That it is spent is durable when Redeem returns: a crash does
 // not bring the token back. Any other error means that nobody has the node's
 // name from this call, and the token may be spent.
-func (s *TokenStore) Redeem(token string) (string, error) {
+func (s *TokenStore) Redeem(_ context.Context, token string) (string, error) {
 	if len(token) > maxToken || !strings.HasPrefix(token, tokenPrefix) {
 		return "", ErrToken
 	}

@@ -42,7 +42,7 @@ func TestRedeemOnce(t *testing.T) {
 		}
 		wg.Go(func() {
 			<-start
-			node, err := store.Redeem(token)
+			node, err := store.Redeem(t.Context(), token)
 			switch {
 			case err == nil && node == "one":
 				won.Add(1)
@@ -69,7 +69,7 @@ func TestRedeemExpired(t *testing.T) {
 		t.Fatal(err)
 	}
 	now = now.Add(time.Minute)
-	if _, err := s.Redeem(token); !errors.Is(err, ErrToken) {
+	if _, err := s.Redeem(t.Context(), token); !errors.Is(err, ErrToken) {
 		t.Errorf("%v; want ErrToken", err)
 	}
 	if _, err := s.Create("two", time.Minute); err != nil {
@@ -128,7 +128,7 @@ func TestTokensRefuse(t *testing.T) {
 	if err := os.WriteFile(s.path(token), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if node, err := s.Redeem(token); err == nil {
+	if node, err := s.Redeem(t.Context(), token); err == nil {
 		t.Errorf("a damaged file gave %q", node)
 	}
 	if err := os.Chmod(s.dir, 0o755); err != nil {

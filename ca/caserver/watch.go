@@ -1,10 +1,7 @@
 package caserver
 
 import (
-	"cmp"
 	"context"
-	"crypto/x509"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -13,13 +10,11 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
-	"github.com/signet-mesh/signet/authz"
-	"github.com/signet-mesh/signet/ca"
-	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // Watch streams the calling node's part of the newest view: at once, and
-// whenever the view or the bundle changed in a way that this node can see.
+// whenever the view or the bundle changed in a way that this node can see. Of
+// a change elsewhere it hears the revision, within revisionDelay.
 // It sends nothing before the first view. A node that reads slowly skips to
 // the newest state.
 func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServer[nodev1.NodeState]) error {
@@ -37,6 +32,8 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 	defer s.log.InfoContext(ctx, "node disconnected", "node", name)
 
 	var last *nodev1.NodeState
+	var late <-chan time.Time // when a new revision alone is told; nil: none waits
+	overdue := false          // it is told now
 	for {
 		view, viewChanged := s.feed.Get()
 		bundle, bundleChanged := s.authority.BundleUpdates()
@@ -45,100 +42,51 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 			if s.xdsVersion != nil {
 				state.XdsVersion = s.xdsVersion(view, name)
 			}
-			if last == nil || !proto.Equal(last, state) {
+			news := last == nil || !sameState(last, state)
+			send := news || overdue
+			s.sending(name, view.Revision, news, send)
+			switch {
+			case send:
 				if err := stream.Send(state); err != nil {
 					return err
 				}
-				last = state
+				last, late, overdue = state, nil, false
+			case last.Revision != state.Revision && late == nil:
+				late = time.After(revisionDelay)
 			}
 		}
 		select {
 		case <-viewChanged:
 		case <-bundleChanged:
+		case <-late:
+			late, overdue = nil, true
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
 }
 
-// nodeState is all that one node may see of a view, in an order that depends
-// on nothing but its content.
-func nodeState(view *mesh.View, name string, bundle []*x509.Certificate) *nodev1.NodeState {
-	ttl := view.State.SVIDTTL
-	if ttl == 0 {
-		ttl = ca.DefaultTTL
-	}
-	out := &nodev1.NodeState{
-		Revision:       view.Revision,
-		TrustDomain:    view.State.TrustDomain.Name(),
-		Bundle:         rawCerts(bundle),
-		SvidTtlSeconds: int64(ttl / time.Second),
-	}
-	local := view.State.OnNode(name)
-	slices.SortFunc(local, func(a, b mesh.Workload) int {
-		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	})
-	targets := make(map[authz.Target]bool)
-	namespaces := make(map[string]bool)
-	for i := range local {
-		w := &local[i]
-		targets[authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}] = true
-		namespaces[w.Namespace] = true
-		out.Workloads = append(out.Workloads, workloadMessage(w, view.State.Mode(w.Namespace)))
-	}
-	if view.Model == nil {
-		return out
-	}
-	for _, p := range view.Model.Policies() {
-		protects := namespaces[p.Namespace]
-		if p.TargetServiceAccount != "" {
-			protects = targets[authz.Target{Namespace: p.Namespace, ServiceAccount: p.TargetServiceAccount}]
-		}
-		if protects {
-			out.Policies = append(out.Policies, policyMessage(&p))
-		}
-	}
-	slices.SortFunc(out.Policies, func(a, b *nodev1.Policy) int {
-		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	})
-	return out
+// revisionDelay is how long a change that is none for a node is kept from it:
+// of the many changes in a large mesh it hears once in a while.
+const revisionDelay = time.Second
+
+// sameState compares all but the revision: a change elsewhere in the mesh is
+// none for this node.
+func sameState(a, b *nodev1.NodeState) bool {
+	revision := b.Revision
+	b.Revision = a.Revision
+	same := proto.Equal(a, b)
+	b.Revision = revision
+	return same
 }
 
-func workloadMessage(w *mesh.Workload, mode mesh.Mode) *nodev1.Workload {
-	out := &nodev1.Workload{
-		Namespace:      w.Namespace,
-		Name:           w.Name,
-		ServiceAccount: w.ServiceAccount,
-		SpiffeId:       w.ID.String(),
-		Mode:           mode.String(),
-	}
-	if a := w.Attest; a != nil {
-		out.Attest = &nodev1.Attest{Path: a.Path, Sha256: a.SHA256, SystemdUnit: a.SystemdUnit, Cgroup: a.Cgroup}
-		if a.UID != nil {
-			out.Attest.Uid = proto.Uint32(*a.UID)
-		}
-	}
-	if c := w.Capture; c != nil {
-		out.Capture = &nodev1.Capture{Netns: c.NetNS}
-		for _, addr := range c.Addrs {
-			out.Capture.Addresses = append(out.Capture.Addresses, addr.String())
-		}
-	}
-	return out
-}
+// Bounds of a report.
+const (
+	maxReported = 4096 // workloads
+	maxProblem  = 1024 // bytes of one problem
+)
 
-func policyMessage(p *authz.Policy) *nodev1.Policy {
-	out := &nodev1.Policy{Namespace: p.Namespace, Name: p.Name, TargetServiceAccount: p.TargetServiceAccount}
-	for _, port := range p.Ports {
-		out.Ports = append(out.Ports, uint32(port))
-	}
-	for _, from := range p.From {
-		out.From = append(out.From, from.String())
-	}
-	return out
-}
-
-// Report notes how far the calling node's proxy is.
+// Report notes how far the calling node's proxy is, and how its workloads are.
 func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
 	name, ok := NodeFromContext(ctx)
 	if !ok {
@@ -147,6 +95,17 @@ func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1
 	if len(req.GetRevision()) > 256 {
 		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "revision: %d bytes; at most 256", len(req.GetRevision()))
 	}
-	s.Acked(name, req.GetRevision())
+	if len(req.GetWorkloads()) > maxReported {
+		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "workloads: %d; at most %d", len(req.GetWorkloads()), maxReported)
+	}
+	for _, w := range req.GetWorkloads() {
+		if len(w.GetWorkload()) > 512 || len(w.GetUid()) > 128 || len(w.GetProblem()) > maxProblem {
+			return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "workloads: an entry is too long; a problem may have %d bytes", maxProblem)
+		}
+	}
+	s.mu.Lock()
+	n := s.nodeLocked(name)
+	n.revision, n.report, n.reported = req.GetRevision(), req.GetWorkloads(), s.now()
+	s.mu.Unlock()
 	return &nodev1.ReportResponse{}, nil
 }

@@ -1,10 +1,11 @@
-// Command signet-control is the control plane: it reads the mesh's documents,
-// issues certificates, compiles policies and serves nodes. `signet up` starts
-// it; it can be run by itself.
+// Command signet-control is the control plane: it follows the mesh's documents,
+// or a Kubernetes API server, issues certificates, compiles policies and serves
+// nodes. `signet up` starts it on one machine; in a cluster it is a Deployment.
 package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -13,9 +14,13 @@ import (
 	"path/filepath"
 	"syscall"
 
-	"github.com/signet-mesh/signet/agent"
 	"github.com/signet-mesh/signet/internal/control"
+	"github.com/signet-mesh/signet/internal/fanout"
+	"github.com/signet-mesh/signet/internal/kube"
 )
+
+// version is set by the build.
+var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -26,32 +31,102 @@ func main() {
 	}
 }
 
+// options are the command line.
+type options struct {
+	documents, node, stateDir, runDir string
+	kubernetes                        bool
+	kubeconfig, namespace             string
+	listen, admin, health             string
+	identity                          string
+	json                              bool
+}
+
 func run(ctx context.Context, args []string) error {
 	host, err := os.Hostname()
 	if err != nil {
 		return err
 	}
+	var o options
 	f := flag.NewFlagSet("signet-control", flag.ContinueOnError)
-	documents := f.String("config", "", "file or directory of documents (required)")
-	node := f.String("node", host, "machine that workloads without a node run on")
-	state := f.String("state-dir", "/var/lib/signet", "keeps the certificate authority")
-	runDir := f.String("run-dir", "/run/signet", "holds the sockets")
-	noAudit := f.Bool("no-audit", false, "tell proxies to keep no audit; for measuring only")
+	f.StringVar(&o.documents, "config", "", "file or directory of documents (required without --kubernetes)")
+	f.StringVar(&o.node, "node", host, "machine that workloads without a node run on")
+	f.StringVar(&o.stateDir, "state-dir", "/var/lib/signet", "keeps the certificate authority; in a cluster, memory")
+	f.StringVar(&o.runDir, "run-dir", "/run/signet", "holds the sockets")
+	f.BoolVar(&o.kubernetes, "kubernetes", false, "follow a Kubernetes API server instead of documents")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach the API server from outside its cluster")
+	f.StringVar(&o.namespace, "namespace", envOr("POD_NAMESPACE", "signet-system"), "of the release")
+	f.StringVar(&o.identity, "replica", envOr("POD_NAME", host), "name of this replica in the election")
+	f.StringVar(&o.listen, "listen", "", "where nodes connect: host:port or an absolute path (default :9443, or control.sock in --run-dir)")
+	f.StringVar(&o.admin, "admin-listen", "", "where the operator connects (default 127.0.0.1:9441, or control-admin.sock in --run-dir)")
+	f.StringVar(&o.health, "health-listen", "", "serves /healthz, /readyz and /metrics (default :9440, or nowhere)")
+	f.BoolVar(&o.json, "log-json", false, "log lines of JSON")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
-	if *documents == "" {
-		return fmt.Errorf("--config is required: the file or directory of documents")
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if o.json {
+		log = slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	}
+	switch {
+	case o.kubernetes && o.documents != "":
+		return errors.New("--config and --kubernetes: give one of them; a mesh has one source")
+	case o.kubernetes:
+		return o.inCluster(ctx, log)
+	case o.documents == "":
+		return errors.New("--config is required: the file or directory of documents (or give --kubernetes)")
+	}
+	return o.onMachine(ctx, log)
+}
+
+func (o *options) onMachine(ctx context.Context, log *slog.Logger) error {
 	cfg := control.Config{
-		Documents: *documents, Node: *node, StateDir: *state,
-		Listen:      filepath.Join(*runDir, "control.sock"),
-		AdminSocket: filepath.Join(*runDir, "control-admin.sock"),
-		AccessLog:   agent.Spool(filepath.Join(*state, "agent")),
-		Log:         slog.New(slog.NewTextHandler(os.Stderr, nil)),
-	}
-	if *noAudit {
-		cfg.AccessLog = ""
+		Version:      version,
+		Source:       control.Files(o.documents, o.node, log),
+		StateDir:     o.stateDir,
+		Listen:       or(o.listen, filepath.Join(o.runDir, "control.sock")),
+		AdminListen:  or(o.admin, filepath.Join(o.runDir, "control-admin.sock")),
+		HealthListen: o.health,
+		Log:          log,
 	}
 	return control.Run(ctx, cfg)
 }
+
+func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
+	client, err := kube.Connect(o.kubeconfig, log)
+	if err != nil {
+		return err
+	}
+	watcher, err := kube.NewWatcher(client, log)
+	if err != nil {
+		return err
+	}
+	cfg := control.Config{
+		Version:      version,
+		Source:       watcher,
+		StateDir:     o.stateDir,
+		Listen:       or(o.listen, ":9443"),
+		AdminListen:  or(o.admin, "127.0.0.1:9441"),
+		HealthListen: or(o.health, ":9440"),
+		Tokens:       kube.NewJoiner(client, o.namespace),
+		PlaceRoot:    kube.NewRoot(client, o.namespace, log).Place,
+		Log:          log,
+	}
+	cfg.Agents = func() []fanout.Node { return watcher.Agents(o.namespace) }
+	cfg.Attend = func(ctx context.Context, facts control.Facts) error {
+		leader := &kube.Leader{
+			Client: client, Namespace: o.namespace, Identity: o.identity, Watcher: watcher,
+			Reports: facts.Reports, Bundle: facts.Bundle, Log: log,
+		}
+		return leader.Run(ctx)
+	}
+	return control.Run(ctx, cfg)
+}
+
+func or(value, otherwise string) string {
+	if value == "" {
+		return otherwise
+	}
+	return value
+}
+
+func envOr(name, otherwise string) string { return or(os.Getenv(name), otherwise) }

@@ -15,12 +15,17 @@ import (
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/adminserver"
+	"github.com/signet-mesh/signet/internal/fanout"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // serveAdmin answers the operator until ctx ends.
-func (c *control) serveAdmin(ctx context.Context, l net.Listener) error {
+func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout.Fanout) error {
 	mux := http.NewServeMux()
+	if agents != nil {
+		defer agents.Close()
+		agents.Register(mux)
+	}
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.status(), nil) })
 	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 		view, _ := c.feed.Get()
@@ -33,13 +38,15 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener) error {
 
 func (c *control) status() adminv1.ControlStatus {
 	c.mu.Lock()
-	s := adminv1.ControlStatus{TrustDomain: c.trust, Since: c.since, Rejected: c.rejected}
+	s := adminv1.ControlStatus{Version: c.cfg.Version, TrustDomain: c.trust, Since: c.since, Rejected: c.rejected}
 	c.mu.Unlock()
 	if view, _ := c.feed.Get(); view != nil {
 		s.Revision = view.Revision
 		s.Policies = len(view.Model.Policies())
 	}
-	s.Nodes = c.nodes.Nodes()
+	if nodes := c.nodes.Load(); nodes != nil {
+		s.Nodes = nodes.Nodes()
+	}
 	return s
 }
 
@@ -82,7 +89,7 @@ func (c *control) metrics() *prometheus.Registry {
 	gauge("signet_control_policies", "Policies in force.", func() float64 { return float64(c.status().Policies) })
 	gauge("signet_control_nodes_connected", "Nodes that are connected.", func() float64 {
 		n := 0
-		for _, node := range c.nodes.Nodes() {
+		for _, node := range c.status().Nodes {
 			if node.Connected {
 				n++
 			}
@@ -94,6 +101,13 @@ func (c *control) metrics() *prometheus.Registry {
 			return 1
 		}
 		return 0
+	})
+	gauge("signet_control_workloads", "Workloads of the mesh.", func() float64 {
+		view, _ := c.feed.Get()
+		if view == nil {
+			return 0
+		}
+		return float64(len(view.State.Workloads))
 	})
 	return r
 }

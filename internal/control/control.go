@@ -1,44 +1,78 @@
-// Package control composes the control plane: it reads the documents, owns the
-// certificate authority, compiles policies, and serves nodes.
+// Package control composes the control plane: it follows a source of what the
+// mesh is, owns the certificate authority, and serves nodes.
 package control
 
 import (
+	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
-	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caserver"
-	"github.com/signet-mesh/signet/internal/manifest"
+	"github.com/signet-mesh/signet/internal/fanout"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/unixsocket"
-	"github.com/signet-mesh/signet/xds"
 	"github.com/signet-mesh/signet/xds/xdsserver"
 )
 
+// Source says what the mesh is.
+type Source interface {
+	// Run follows the mesh until ctx ends. It calls accept with every new
+	// view, and reject with what of the newest edit is not in force and why;
+	// an accept says that nothing is rejected any more. Calls do not overlap.
+	// It returns an error only when it cannot go on.
+	Run(ctx context.Context, accept func(*mesh.View), reject func(lines ...string)) error
+}
+
+// Facts are what a running control plane knows about its nodes and roots. The
+// functions are safe for concurrent use.
+type Facts struct {
+	// Reports is what the nodes connected to this replica say.
+	Reports func() []caserver.NodeReport
+	// Bundle returns the roots, and a channel that is closed when they are no
+	// longer current.
+	Bundle func() ([]*x509.Certificate, <-chan struct{})
+}
+
 // Config says what a control plane works with.
 type Config struct {
-	// Documents is the file or directory of YAML.
-	Documents string
-	// Node is the machine that workloads without a node run on.
-	Node string
+	// Version of the program, to be told to who asks.
+	Version string
+	Source  Source // required
 	// StateDir keeps the authority and the join tokens.
 	StateDir string
-	// Listen is the unix socket for nodes, AdminSocket the operator's.
-	Listen, AdminSocket string
-	// AccessLog is the proxies' audit spool; empty turns audit off.
-	AccessLog string
-	Log       *slog.Logger
+	// Listen is where nodes connect, AdminListen where the operator does:
+	// host:port, or the absolute path of a unix socket.
+	Listen, AdminListen string
+	// HealthListen serves /healthz, /readyz and /metrics; empty: nowhere.
+	HealthListen string
+	// Tokens says who may join; nil: who has a token of the state directory.
+	Tokens caserver.Joiner
+	// PlaceRoot puts the root's pair into the authority's directory before it
+	// is opened; nil: the authority makes its own.
+	PlaceRoot func(ctx context.Context, dir string, td spiffeid.TrustDomain) error
+	// Attend runs beside the servers, until ctx ends; nil: nothing does.
+	Attend func(ctx context.Context, facts Facts) error
+	// Agents lists the nodes' agents, which are asked for what an operator
+	// wants to know of the whole mesh; nil: nobody is asked.
+	Agents func() []fanout.Node
+	Log    *slog.Logger
 }
 
 // The places below a state directory.
@@ -54,57 +88,90 @@ func RootFile(state string) string { return filepath.Join(AuthorityDir(state), "
 
 // control is one running control plane.
 type control struct {
-	cfg      Config
-	log      *slog.Logger
-	feed     mesh.Feed
-	nodes    *caserver.Server
-	trust    string // the trust domain, fixed at the start
-	built    builds
-	mu       sync.Mutex
-	since    time.Time // guarded by mu; when the view in force was set
-	rejected []string  // guarded by mu; why the newest edit is not in force
+	cfg       Config
+	log       *slog.Logger
+	feed      mesh.Feed
+	started   chan struct{}                   // closed by the first view
+	nodes     atomic.Pointer[caserver.Server] // nil until the authority is open
+	authority atomic.Pointer[ca.Authority]    // nil until it is open
+	built     builds
+	mu        sync.Mutex
+	trust     string    // guarded by mu; the trust domain, fixed by the first view
+	since     time.Time // guarded by mu; when the view in force was set
+	rejected  []string  // guarded by mu; why the newest edit is not in force
 }
 
+// drainTime is what calls in flight get at the end. Nodes hold streams for ever.
+const drainTime = 2 * time.Second
+
 // Run serves until ctx ends, then drains. It returns an error at once when the
-// documents it starts with are not valid.
+// source cannot begin.
 func Run(ctx context.Context, cfg Config) error {
-	first, err := manifest.Load(cfg.Documents, cfg.Node)
-	if err != nil {
-		return err
+	if cfg.Source == nil {
+		return errors.New("control: config: Source is missing")
 	}
-	authority, err := ca.Open(ca.Options{
-		Dir: AuthorityDir(cfg.StateDir), TrustDomain: first.State.TrustDomain, Log: cfg.Log,
-	})
+	c := &control{cfg: cfg, log: cfg.Log, started: make(chan struct{})}
+	g, ctx := errgroup.WithContext(ctx)
+	if cfg.HealthListen != "" {
+		l, err := listen(cfg.HealthListen)
+		if err != nil {
+			return err
+		}
+		g.Go(func() error { return c.serveHealth(ctx, l) })
+	}
+	g.Go(func() error { return cfg.Source.Run(ctx, c.accept, c.reject) })
+	g.Go(func() error { return c.serve(ctx) })
+	return g.Wait()
+}
+
+// serve waits for the first view, which names the trust domain, opens the
+// authority and serves nodes.
+func (c *control) serve(ctx context.Context) error {
+	select {
+	case <-c.started:
+	case <-ctx.Done():
+		return nil
+	}
+	first, _ := c.feed.Get()
+	td := first.State.TrustDomain
+	dir := AuthorityDir(c.cfg.StateDir)
+	if c.cfg.PlaceRoot != nil {
+		if err := c.cfg.PlaceRoot(ctx, dir, td); err != nil {
+			return err
+		}
+	}
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, Log: c.log})
 	if err != nil {
 		return err
 	}
 	defer authority.Close()
-	tokens, err := caserver.OpenTokens(TokenDir(cfg.StateDir))
-	if err != nil {
-		return err
+	tokens := c.cfg.Tokens
+	if tokens == nil {
+		if tokens, err = caserver.OpenTokens(TokenDir(c.cfg.StateDir)); err != nil {
+			return err
+		}
 	}
-	c := &control{cfg: cfg, log: cfg.Log, trust: first.State.TrustDomain.Name()}
-	c.accept(first)
-	c.nodes, err = caserver.New(caserver.Config{
-		Authority: authority, Feed: &c.feed, Tokens: tokens, Log: cfg.Log,
+	nodes, err := caserver.New(caserver.Config{
+		Authority: authority, Feed: &c.feed, Tokens: tokens, Log: c.log,
 		XDSVersion: c.xdsVersion,
 	})
 	if err != nil {
 		return err
 	}
-
-	server := grpc.NewServer(c.nodes.ServerOptions()...)
-	nodev1.RegisterNodeServer(server, c.nodes)
-	discoveryv3.RegisterAggregatedDiscoveryServiceServer(server, &xdsserver.Server{Open: c.open, Log: cfg.Log})
-	listener, err := unixsocket.Listen(cfg.Listen, 0o600)
+	server := grpc.NewServer(nodes.ServerOptions()...)
+	nodev1.RegisterNodeServer(server, nodes)
+	discoveryv3.RegisterAggregatedDiscoveryServiceServer(server, &xdsserver.Server{Open: c.open, Log: c.log})
+	listener, err := listen(c.cfg.Listen)
 	if err != nil {
 		return err
 	}
-	admin, err := unixsocket.Listen(cfg.AdminSocket, 0o600)
+	admin, err := listen(c.cfg.AdminListen)
 	if err != nil {
 		listener.Close()
 		return err
 	}
+	c.authority.Store(authority)
+	c.nodes.Store(nodes)
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(listener) })
@@ -114,71 +181,116 @@ func Run(ctx context.Context, cfg Config) error {
 		go func() { server.GracefulStop(); close(stopped) }()
 		select {
 		case <-stopped:
-		case <-time.After(2 * time.Second): // nodes hold streams for ever
+		case <-time.After(drainTime):
 			server.Stop()
 			<-stopped
 		}
 		return nil
 	})
-	g.Go(func() error { return c.serveAdmin(ctx, admin) })
-	g.Go(func() error {
-		manifest.Watch(ctx, cfg.Documents, cfg.Node, cfg.Log, c.edited)
-		return nil
-	})
-	cfg.Log.Info("control plane serves", "trustDomain", c.trust, "revision", first.Revision)
+	mesh, err := c.fanout(authority, td)
+	if err != nil {
+		return err
+	}
+	g.Go(func() error { return c.serveAdmin(ctx, admin, mesh) })
+	if c.cfg.Attend != nil {
+		g.Go(func() error {
+			return c.cfg.Attend(ctx, Facts{Reports: nodes.Reports, Bundle: authority.BundleUpdates})
+		})
+	}
+	c.log.Info("control plane serves", "trustDomain", td.Name(), "revision", first.Revision)
 	return g.Wait()
 }
 
-// edited takes the result of reading the documents again. What is wrong leaves
-// the last good state in force.
-func (c *control) edited(m *manifest.Manifest, err error) {
-	var bad *manifest.Error
-	switch {
-	case errors.As(err, &bad):
-		var lines []string
-		for _, f := range bad.Findings {
-			lines = append(lines, f.String())
-		}
-		c.reject(lines...)
-	case err != nil:
-		c.reject(err.Error())
-	case m.State.TrustDomain.Name() != c.trust:
-		c.reject(fmt.Sprintf("spec.trustDomain: the mesh runs as %q; a trust domain cannot be edited, start a new mesh for %q",
-			c.trust, m.State.TrustDomain.Name()))
-	default:
-		c.accept(m)
+// fanout asks the agents in the control plane's name; nil where there is nobody
+// to ask.
+func (c *control) fanout(authority *ca.Authority, td spiffeid.TrustDomain) (*fanout.Fanout, error) {
+	if c.cfg.Agents == nil {
+		return nil, nil
+	}
+	cert, err := authority.ServerCertificate(ca.ControlID(td), caserver.DefaultNodeTTL)
+	if err != nil {
+		return nil, err
+	}
+	towards, err := fanout.NodeTLS(fanout.Identity{
+		Certificate: cert.Get, Bundle: roots{authority},
+		Node: func(name string) (spiffeid.ID, error) { return ca.NodeID(td, name) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	return fanout.New(fanout.Config{
+		Nodes: c.cfg.Agents, TLS: towards,
+		View: func() *mesh.View { v, _ := c.feed.Get(); return v },
+	})
+}
+
+// roots is the authority's bundle, as it is now.
+type roots struct{ *ca.Authority }
+
+// GetX509BundleForTrustDomain implements x509bundle.Source.
+func (r roots) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	if td != r.TrustDomain() {
+		return nil, fmt.Errorf("no bundle for trust domain %q", td)
+	}
+	return x509bundle.FromX509Authorities(td, r.Bundle()), nil
+}
+
+// listen opens a TCP port, or the unix socket at an absolute path.
+func listen(address string) (net.Listener, error) {
+	if filepath.IsAbs(address) {
+		return unixsocket.Listen(address, 0o600)
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("control: %w; give host:port, or the absolute path of a unix socket", err)
+	}
+	return l, nil
+}
+
+// accept puts a view in force. A trust domain cannot be edited.
+func (c *control) accept(view *mesh.View) {
+	td := view.State.TrustDomain.Name()
+	c.mu.Lock()
+	trust := cmp.Or(c.trust, td)
+	c.mu.Unlock()
+	if td != trust {
+		c.reject(fmt.Sprintf("spec.trustDomain: the mesh runs as %q; a trust domain cannot be edited, start a new mesh for %q", trust, td))
+		return
+	}
+	old, _ := c.feed.Get()
+	c.mu.Lock()
+	c.trust, c.rejected = trust, nil
+	if old == nil || old.Revision != view.Revision {
+		c.since = time.Now()
+	}
+	c.mu.Unlock()
+	if old != nil && old.Revision == view.Revision {
+		return
+	}
+	c.feed.Set(view)
+	level := slog.LevelInfo
+	if old != nil && len(old.State.Workloads) == len(view.State.Workloads) && old.Model == view.Model {
+		level = slog.LevelDebug // one of many in a large mesh
+	}
+	c.log.Log(context.Background(), level, "state in force", "revision", view.Revision, "workloads", len(view.State.Workloads), "policies", len(view.Model.Policies()))
+	if old == nil {
+		close(c.started)
 	}
 }
 
 func (c *control) reject(lines ...string) {
 	c.mu.Lock()
+	again := slices.Equal(c.rejected, lines)
 	c.rejected = lines
 	c.mu.Unlock()
-	c.log.Error("edit refused; the last good state stays in force", "findings", lines)
-}
-
-func (c *control) accept(m *manifest.Manifest) {
-	model, diagnostics := authz.Compile(m.State.TrustDomain, m.Policies)
-	for _, d := range diagnostics { // Load refuses these; a policy that slips by grants nothing
-		c.log.Error("policy is not valid and grants nothing", "policy", d.Policy, "field", d.Field, "message", d.Message)
+	if !again {
+		c.log.Error("edit refused; the last good state stays in force", "findings", lines)
 	}
-	c.mu.Lock()
-	c.rejected = nil
-	old, _ := c.feed.Get()
-	if old == nil || old.Revision != m.Revision {
-		c.since = time.Now()
-	}
-	c.mu.Unlock()
-	if old != nil && old.Revision == m.Revision {
-		return
-	}
-	c.feed.Set(&mesh.View{Revision: m.Revision, State: m.State, Model: model})
-	c.log.Info("state in force", "revision", m.Revision, "workloads", len(m.State.Workloads), "policies", len(m.Policies))
 }
 
 // xdsVersion is the hash of what a node's proxy gets in a view.
 func (c *control) xdsVersion(v *mesh.View, node string) string {
-	set, err := c.built.get(v, node, xds.Options{AccessLog: c.cfg.AccessLog})
+	set, err := c.built.get(v, node)
 	if err != nil {
 		return ""
 	}

@@ -15,7 +15,7 @@ type builds struct {
 	sets map[string]xds.Set // guarded by mu; by node, built from view
 }
 
-func (b *builds) get(v *mesh.View, node string, o xds.Options) (xds.Set, error) {
+func (b *builds) get(v *mesh.View, node string) (xds.Set, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.view != v {
@@ -24,7 +24,7 @@ func (b *builds) get(v *mesh.View, node string, o xds.Options) (xds.Set, error) 
 	if set, ok := b.sets[node]; ok {
 		return set, nil
 	}
-	set, err := xds.Build(v, node, o)
+	set, err := xds.Destinations(v, node)
 	if err != nil {
 		return nil, err
 	}
@@ -44,7 +44,7 @@ func (s *source) Resources() (xds.Set, <-chan struct{}) {
 	if view == nil {
 		return nil, changed
 	}
-	set, err := s.control.built.get(view, s.node, xds.Options{AccessLog: s.control.cfg.AccessLog})
+	set, err := s.control.built.get(view, s.node)
 	if err != nil {
 		s.control.log.Error("building a node's configuration; the node keeps what it has", "node", s.node, "error", err)
 		return nil, changed
@@ -58,7 +58,7 @@ func (s *source) Lookup(typeURL, name string) (xds.Resource, xdsserver.Answer) {
 		return xds.Resource{}, xdsserver.Absent
 	}
 	view, _ := s.control.feed.Get()
-	if r, ok := xds.Destination(view, name); ok {
+	if r, ok := xds.Destination(view, s.node, name); ok {
 		return r, xdsserver.Found
 	}
 	return xds.Resource{}, xdsserver.Absent

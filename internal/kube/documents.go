@@ -1,0 +1,179 @@
+package kube
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/signet-mesh/signet/api/v1alpha1"
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// settings are what the MeshConfig says.
+type settings struct {
+	td            spiffeid.TrustDomain
+	ttl           time.Duration
+	refuseUnknown bool
+}
+
+// Bounds of a workload certificate's lifetime, as the CRD has them.
+const (
+	defaultTTL = time.Hour
+	minTTL     = 4 * time.Second
+	maxTTL     = 24 * time.Hour
+)
+
+// parseConfig returns the settings, or each fault with its field.
+func parseConfig(in *v1alpha1.MeshConfig) (settings, []string) {
+	out := settings{ttl: defaultTTL}
+	var faults []string
+	name := in.Spec.TrustDomain
+	td, err := spiffeid.TrustDomainFromString(name)
+	switch {
+	case name == "":
+		faults = append(faults, "spec.trustDomain: is missing; give a name such as mesh.example")
+	case err != nil || len(name) > 255 || strings.Contains(name, ":") || strings.Contains(name, "/") || slices.Contains(strings.Split(name, "."), ""):
+		faults = append(faults, fmt.Sprintf("spec.trustDomain: %q must be a bare name such as mesh.example", name))
+	default:
+		out.td = td
+	}
+	if ttl := in.Spec.SVIDTTL; ttl != nil {
+		if out.ttl = ttl.Duration; out.ttl < minTTL || out.ttl > maxTTL {
+			faults = append(faults, fmt.Sprintf("spec.svidTTL: is %v; use 4s to 24h", out.ttl))
+		}
+	}
+	switch in.Spec.UnknownDestinations {
+	case "", "plain":
+	case "refuse":
+		out.refuseUnknown = true
+	default:
+		faults = append(faults, fmt.Sprintf("spec.unknownDestinations: is %q; use plain or refuse", in.Spec.UnknownDestinations))
+	}
+	return out, faults
+}
+
+// typed returns a transform that turns what the dynamic client delivers into
+// the API's type, without the fields that nobody here reads. An object that
+// does not fit its type keeps its name alone, which every reader refuses.
+func typed[T any, P interface {
+	*T
+	metav1.Object
+}](obj any) (any, error) {
+	in, ok := obj.(*unstructured.Unstructured)
+	if !ok {
+		return obj, nil
+	}
+	out := P(new(T))
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(in.Object, out); err != nil {
+		out = P(new(T))
+		out.SetName(in.GetName())
+		out.SetNamespace(in.GetNamespace())
+		out.SetUID(in.GetUID())
+		out.SetGeneration(in.GetGeneration())
+		out.SetResourceVersion(in.GetResourceVersion())
+	}
+	out.SetManagedFields(nil)
+	out.SetAnnotations(nil)
+	out.SetLabels(nil)
+	return out, nil
+}
+
+// documents are the objects of signet.dev at one instant, sorted, and what
+// they mean. They are immutable.
+type documents struct {
+	config      *v1alpha1.MeshConfig // nil: there is none
+	policies    []v1alpha1.AllowPolicy
+	quarantines []v1alpha1.Quarantine
+	model       *authz.Model
+	diagnostics []authz.Diagnostic
+	sum         sum // of the model
+}
+
+func (d *documents) compile(td spiffeid.TrustDomain) {
+	slices.SortFunc(d.policies, func(a, b v1alpha1.AllowPolicy) int {
+		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
+	})
+	slices.SortFunc(d.quarantines, func(a, b v1alpha1.Quarantine) int { return strings.Compare(a.Name, b.Name) })
+	d.model, d.diagnostics = authz.Compile(td, d.policies, d.quarantines...)
+	type policy struct {
+		Namespace, Name, Target string
+		Ports                   []uint16
+		From                    []string
+	}
+	type quarantine struct {
+		Name, Reason      string
+		Identities, Nodes []string
+	}
+	var content struct {
+		Policies    []policy
+		Quarantines []quarantine
+	}
+	for _, p := range d.model.Policies() {
+		content.Policies = append(content.Policies, policy{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From)})
+	}
+	for _, q := range d.model.Quarantines() {
+		content.Quarantines = append(content.Quarantines, quarantine{q.Name, q.Reason, texts(q.Identities), q.Nodes})
+	}
+	d.sum = sumOf("documents", content)
+}
+
+func texts(patterns []authz.Pattern) []string {
+	out := make([]string, len(patterns))
+	for i, p := range patterns {
+		out[i] = p.String()
+	}
+	return out
+}
+
+// view assembles what is in force. It shares the index's tables, which are
+// replaced and not edited.
+func (x *index) view(s settings, d *documents) *mesh.View {
+	state := &mesh.State{
+		TrustDomain: s.td, SVIDTTL: s.ttl, RefuseUnknown: s.refuseUnknown,
+		Namespaces: x.modes, Excluded: x.excluded,
+		Workloads: x.workloads.values, Services: x.serviceSet.values,
+	}
+	h := sha256.New()
+	head, err := json.Marshal(struct {
+		Format     int // rises when the same objects come to mean something else
+		Domain     string
+		TTL        time.Duration
+		Refuse     bool
+		Namespaces map[string]mesh.Mode
+		Excluded   map[string]string
+	}{1, s.td.Name(), s.ttl, s.refuseUnknown, x.modes, x.excluded})
+	if err != nil {
+		panic(fmt.Sprintf("kube: encode revision: %v", err))
+	}
+	h.Write(head)
+	for _, sums := range [][]sum{{d.sum}, x.workloads.sums, x.serviceSet.sums} {
+		fmt.Fprintf(h, "\n%d\n", len(sums))
+		for i := range sums {
+			h.Write(sums[i][:])
+		}
+	}
+	return &mesh.View{Revision: hex.EncodeToString(h.Sum(nil)[:8]), State: state, Model: d.model}
+}
+
+// notices are the annotations that are no mode, by namespace.
+func (x *index) notices() map[string]string {
+	out := map[string]string{}
+	for name, ns := range maps.All(x.namespaces) {
+		if ns.unknown != "" {
+			out[name] = ns.unknown
+		}
+	}
+	return out
+}

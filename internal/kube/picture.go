@@ -1,0 +1,112 @@
+package kube
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/ca/caserver"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// fresh is how old a node's report may be. A pod counts as enrolled only while
+// somebody has just looked.
+const fresh = 15 * time.Second
+
+// picture is what nodes say, beside what should be.
+type picture struct {
+	view     *mesh.View
+	current  map[string]bool           // nodes of the mesh -> acts by the newest revision
+	targets  map[string]map[string]set // namespace -> service account -> nodes
+	counts   map[string]*count
+	problems []problem
+}
+
+// count is how many pods of a namespace there are and are in the mesh.
+type count struct{ pods, enrolled int }
+
+// problem keeps one pod out of the mesh.
+type problem struct {
+	namespace, name, uid, node, text string
+}
+
+func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *picture {
+	p := &picture{view: snap.view, current: map[string]bool{}, targets: map[string]map[string]set{}, counts: map[string]*count{}}
+	type key struct{ node, workload, uid string }
+	said := map[key]string{}
+	acting := map[string]bool{}
+	for _, r := range reports {
+		if !r.Connected || now.Sub(r.At) > fresh {
+			continue
+		}
+		acting[r.Node] = r.Revision == snap.view.Revision
+		for _, w := range r.Workloads {
+			said[key{r.Node, w.GetWorkload(), w.GetUid()}] = w.GetProblem()
+		}
+	}
+	for i := range snap.view.State.Workloads {
+		w := &snap.view.State.Workloads[i]
+		p.current[w.Node] = acting[w.Node]
+		accounts := p.targets[w.Namespace]
+		if accounts == nil {
+			accounts = map[string]set{}
+			p.targets[w.Namespace], p.counts[w.Namespace] = accounts, &count{}
+		}
+		for _, account := range []string{w.ServiceAccount, ""} {
+			if accounts[account] == nil {
+				accounts[account] = set{}
+			}
+			accounts[account].add(w.Node)
+		}
+		c := p.counts[w.Namespace]
+		c.pods++
+		text, reported := said[key{w.Node, w.Key(), w.UID}]
+		switch {
+		case reported && text == "":
+			c.enrolled++
+		case reported:
+			p.problems = append(p.problems, problem{w.Namespace, w.Name, w.UID, w.Node, text})
+		}
+	}
+	return p
+}
+
+// nodesOf counts the nodes that run the target, and those of them that act by
+// the newest revision, or by an older one that says the same for them. An empty
+// service account is the whole namespace.
+func (p *picture) nodesOf(t authz.Target) (on, of int) {
+	for node := range p.targets[t.Namespace][t.ServiceAccount] {
+		of++
+		if p.current[node] {
+			on++
+		}
+	}
+	return on, of
+}
+
+func (p *picture) allNodes() (on, of int) {
+	for _, current := range p.current {
+		of++
+		if current {
+			on++
+		}
+	}
+	return on, of
+}
+
+// namespace is the text of its annotation; empty for one that takes no part.
+func (p *picture) namespace(name string, snap *snapshot) string {
+	mode := p.view.State.Mode(name)
+	if mode == mesh.ModeOff {
+		return ""
+	}
+	var c count
+	if have := p.counts[name]; have != nil {
+		c = *have
+	}
+	out := fmt.Sprintf("%s: %d of %d pods enrolled", mode, c.enrolled, c.pods)
+	if unknown := snap.notices[name]; unknown != "" {
+		out += fmt.Sprintf("; %q is no mode (enforce, observe or off) and is taken as enforce", unknown)
+	}
+	return out
+}
