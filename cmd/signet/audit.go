@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signet-mesh/signet/agent/audit"
-	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/internal/output"
 )
@@ -18,6 +17,7 @@ import (
 type auditDoc struct {
 	output.Meta
 	Records []audit.Record `json:"records"`
+	missingNodes
 }
 
 // recordDoc is one record of a stream.
@@ -29,9 +29,10 @@ type recordDoc struct {
 func (d *auditDoc) Text(t *output.Text) {
 	if len(d.Records) == 0 {
 		t.Line("No records.")
-		return
+	} else {
+		t.Table(recordColumns, recordRows(d.Records...))
 	}
-	t.Table(recordColumns, recordRows(d.Records...))
+	d.tell(t)
 }
 
 func (d *recordDoc) Text(t *output.Text) { t.Table(recordColumns, recordRows(d.Record)) }
@@ -39,7 +40,7 @@ func (d *recordDoc) Text(t *output.Text) { t.Table(recordColumns, recordRows(d.R
 var recordColumns = []output.Column{
 	{Name: "START", Min: 20}, {Name: "SIDE", Min: 11}, {Name: "VERDICT", Min: 8}, {Name: "FROM", Min: 16}, {Name: "TO", Min: 16},
 	{Name: "ADDRESS", Min: 16}, {Name: "TRANSPORT", Min: 9},
-	{Name: "GROUP", Wide: true, Min: 14}, {Name: "SENT", Wide: true, Min: 8}, {Name: "RECEIVED", Wide: true, Min: 8},
+	{Name: "NODE", Wide: true, Min: 8}, {Name: "GROUP", Wide: true, Min: 14}, {Name: "SENT", Wide: true, Min: 8}, {Name: "RECEIVED", Wide: true, Min: 8},
 	{Name: "DURATION", Wide: true, Min: 10}, {Name: "ENDED", Wide: true, Min: 8}, {Name: "REVISION", Wide: true, Min: 12}, {Name: "ID", Wide: true, Min: 12},
 	{Name: "REASON"},
 }
@@ -57,7 +58,7 @@ func recordRows(records ...audit.Record) [][]output.Cell {
 		rows = append(rows, []output.Cell{
 			output.C(instant(r.Start)), output.C(r.Side), output.S(verdictStyle(r.Verdict), r.Verdict),
 			output.C(party(r.Source)), output.C(party(r.Destination)), output.C(orDash(r.Destination.Address)), output.C(orDash(r.Transport)),
-			output.C(group), output.C(r.BytesSent), output.C(r.BytesReceived), output.C(duration), output.C(orDash(r.Ended)),
+			output.C(orDash(r.Node)), output.C(group), output.C(r.BytesSent), output.C(r.BytesReceived), output.C(duration), output.C(orDash(r.Ended)),
 			output.C(orDash(truncated(r.Revision))), output.C(orDash(r.ID)), output.C(orDash(r.Reason)),
 		})
 	}
@@ -96,18 +97,19 @@ func verdictStyle(v audit.Verdict) output.Style {
 
 // auditFlags are the filters as they were given.
 type auditFlags struct {
-	since, from, to, verdict, side string
-	limit                          int
-	follow                         bool
+	since, from, to, verdict, side, node string
+	limit                                int
+	follow                               bool
 }
 
 func (a *app) newAuditCommand() *cobra.Command {
 	var f auditFlags
-	cmd := a.answers(&cobra.Command{
+	cmd := a.asks(&cobra.Command{
 		Use:   "audit",
 		Short: "Show the connections that were allowed and denied",
-		Long: `Show the audit records of this node, oldest first: one for each connection
-and side, with both identities, the verdict and the policy that decided.
+		Long: `Show the audit records of this machine, or of every node of a cluster, oldest
+first: one for each connection and side, with both identities, the verdict and
+the policy that decided.
 
 Names in brackets were seen but not proven: no handshake took place.
 
@@ -117,13 +119,15 @@ failed (the peer could not be reached or was not who it had to be).
 
 With -o json the answer is one document; with --follow it is one document
 per line. Denied connections are what a mesh is for, so they are no finding:
-the exit code is 0.`,
+the exit code is 0. It is 3 when a node of the cluster did not answer, and
+records are therefore missing.`,
 		Example: `  signet audit --since 10m
   signet audit --verdict denied --to pay/ledger -o wide
   signet audit --since 2026-11-23T09:00:00Z --from shop/web -o json
-  signet audit -f --verdict denied`,
+  signet audit -f --verdict denied
+  signet audit --context prod --node worker-1 --since 1h`,
 		Args: args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.audit(cmd.Context(), f) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.audit(cmd.Context(), cmd, f) },
 	})
 	flags := cmd.Flags()
 	flags.StringVar(&f.since, "since", "", "only connections that were open at or after this: a duration such as 10m, or an RFC 3339 time")
@@ -131,6 +135,7 @@ the exit code is 0.`,
 	flags.StringVar(&f.to, "to", "", "only to this identity, likewise")
 	flags.StringVar(&f.verdict, "verdict", "", "only allowed|denied|observed|failed")
 	flags.StringVar(&f.side, "side", "", "only records made at the source|destination")
+	flags.StringVar(&f.node, "node", "", "only the records of this node")
 	flags.IntVar(&f.limit, "limit", 1000, "the newest N records at most; 0 is all")
 	flags.BoolVarP(&f.follow, "follow", "f", false, "go on with new records until interrupted")
 	complete(cmd, "verdict", "allowed", "denied", "observed", "failed")
@@ -141,13 +146,15 @@ the exit code is 0.`,
 
 // query reads the filters.
 func (a *app) query(f auditFlags) (q adminclient.AuditQuery, err error) {
-	q = adminclient.AuditQuery{Verdict: audit.Verdict(f.verdict), Side: audit.Side(f.side), Limit: f.limit}
+	q = adminclient.AuditQuery{Side: audit.Side(f.side), Limit: f.limit, Node: f.node}
 	if f.limit < 0 {
 		return q, usage(fmt.Errorf("--limit %d: must be 0 or more", f.limit))
 	}
-	verdicts := []audit.Verdict{"", audit.Allowed, audit.Denied, audit.Observed, audit.Failed}
-	if !slices.Contains(verdicts, q.Verdict) {
-		return q, usage(fmt.Errorf("--verdict %q: must be allowed, denied, observed or failed", f.verdict))
+	if f.verdict != "" {
+		q.Verdicts = []audit.Verdict{audit.Verdict(f.verdict)}
+		if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed}, q.Verdicts[0]) {
+			return q, usage(fmt.Errorf("--verdict %q: must be allowed, denied, observed or failed", f.verdict))
+		}
 	}
 	if !slices.Contains([]audit.Side{"", audit.Source, audit.Destination}, q.Side) {
 		return q, usage(fmt.Errorf("--side %q: must be source or destination", f.side))
@@ -182,63 +189,30 @@ func (a *app) since(s string) (time.Time, error) {
 	return time.Time{}, usage(fmt.Errorf("--since %q: write a duration such as 10m or 2h, or a time such as 2026-11-23T09:00:00Z", s))
 }
 
-func (a *app) audit(ctx context.Context, f auditFlags) error {
+func (a *app) audit(ctx context.Context, cmd *cobra.Command, f auditFlags) error {
 	q, err := a.query(f)
 	if err != nil {
 		return err
 	}
-	client := a.client()
+	client, err := a.connect(ctx, cmd)
+	if err != nil {
+		return err
+	}
 	defer client.Close()
 	if f.follow {
-		return a.followAudit(ctx, client, q)
+		return a.followAudit(ctx, client.Client, q)
 	}
 	doc := &auditDoc{Meta: output.NewMeta("AuditRecords"), Records: []audit.Record{}}
-	for r, err := range client.Audit(ctx, q) {
+	for r, err := range client.MeshAudit(ctx, q, &doc.Missing) {
 		if err != nil {
 			return err
 		}
 		doc.Records = append(doc.Records, r)
 	}
-	return a.printer().Print(doc)
-}
-
-type verifyDoc struct {
-	output.Meta
-	adminv1.AuditVerification
-}
-
-func (d *verifyDoc) Text(t *output.Text) {
-	if d.Fault != "" {
-		t.Line(output.S(output.Bad, "SIG0405"), "  the audit store is not intact: ", d.Fault)
-		t.Line("         fix: keep a copy of the store as evidence; restore a backup, or move it away and restart the agent")
-		return
+	if err := a.printer().Print(doc); err != nil {
+		return err
 	}
-	t.Line(output.S(output.Good, "intact"), ": ", plural(int(d.Batches), "batch", "batches"), ", ", plural(int(d.Records), "record", "records"), ", each linked to the one before")
-}
-
-func (a *app) newAuditVerifyCommand() *cobra.Command {
-	return a.answers(&cobra.Command{
-		Use:   "verify",
-		Short: "Check that no audit record was changed or removed",
-		Long: `Read the whole audit store of this node and check that every batch of records
-is intact and linked to the one before it.
-
-Exit code 3 when it is not.`,
-		Example: "  signet audit verify",
-		Args:    args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client := a.client()
-			defer client.Close()
-			v, err := client.VerifyAudit(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if err := a.printer().Print(&verifyDoc{output.NewMeta("AuditVerification"), v}); err != nil {
-				return err
-			}
-			return findings(v.Fault != "")
-		},
-	})
+	return findings(len(doc.Missing) > 0)
 }
 
 // stopped makes an interrupt by the user the ordinary end of a stream.

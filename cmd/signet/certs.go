@@ -15,9 +15,13 @@ type certsDoc struct {
 	// At is the instant that the states were judged at.
 	At           time.Time   `json:"at"`
 	Certificates []certState `json:"certificates"`
+	missingNodes
+	cluster bool // nodes have names
 }
 
 type certState struct {
+	// Node is set in a cluster.
+	Node string `json:"node,omitempty"`
 	adminv1.Certificate
 	// State is valid, renewing (renewal is due), failing (the first issue or
 	// a renewal failed), pending (there is none yet), expired, or early (not
@@ -51,7 +55,7 @@ func judgeCert(c adminv1.Certificate, now time.Time) certState {
 	case !now.Before(c.RenewAt):
 		state = certRenewing
 	}
-	return certState{c, state}
+	return certState{Certificate: c, State: state}
 }
 
 func (c *certState) bad() bool {
@@ -64,12 +68,13 @@ func (d *certsDoc) bad() bool {
 			return true
 		}
 	}
-	return false
+	return len(d.Missing) > 0
 }
 
 func (d *certsDoc) Text(t *output.Text) {
+	defer d.tell(t)
 	if len(d.Certificates) == 0 {
-		t.Line("The agent holds no certificates.")
+		t.Line("There are no certificates.")
 		return
 	}
 	var rows [][]output.Cell
@@ -79,15 +84,23 @@ func (d *certsDoc) Text(t *output.Text) {
 		if c.bad() {
 			style = output.Bad
 		}
-		rows = append(rows, []output.Cell{
+		row := []output.Cell{
 			output.C(c.Holder), output.S(style, c.State), output.C(until(d.At, c.NotAfter)), output.C(until(d.At, c.RenewAt)),
 			output.C(c.ID), output.C(orDash(c.Serial)), output.C(instant(c.NotBefore)), output.C(instant(c.NotAfter)), output.C(orDash(c.Issuer)),
-		})
+		}
+		if d.cluster {
+			row = append([]output.Cell{output.C(c.Node)}, row...)
+		}
+		rows = append(rows, row)
 	}
-	t.Table([]output.Column{
+	columns := []output.Column{
 		{Name: "HOLDER"}, {Name: "STATE"}, {Name: "EXPIRES"}, {Name: "RENEWS"}, {Name: "ID"},
 		{Name: "SERIAL", Wide: true}, {Name: "NOT BEFORE", Wide: true}, {Name: "NOT AFTER", Wide: true}, {Name: "ISSUER", Wide: true},
-	}, rows)
+	}
+	if d.cluster {
+		columns = append([]output.Column{{Name: "NODE"}}, columns...)
+	}
+	t.Table(columns, rows)
 	for i := range d.Certificates {
 		if c := &d.Certificates[i]; c.LastError != "" {
 			t.Line(c.Holder, ": ", output.S(output.Bad, "issue failed: "+c.LastError))
@@ -116,27 +129,35 @@ func until(now, at time.Time) string {
 }
 
 func (a *app) newCertsCommand() *cobra.Command {
-	return a.answers(&cobra.Command{
+	var node string
+	cmd := a.asks(&cobra.Command{
 		Use:   "certs",
-		Short: "List the certificates this node holds",
-		Long: `List the certificates that the agent of this node holds: whose they are, when
-they expire and when they will be renewed.
+		Short: "List the certificates that nodes hold",
+		Long: `List the certificates that the agent of this machine, or of every node of a
+cluster, holds: whose they are, when they expire and when they will be renewed.
 
-Exit code 3 when one is expired, not valid yet, or its renewal fails.`,
+Exit code 3 when one is expired, not valid yet, or its renewal fails, or when a
+node did not answer.`,
 		Example: `  signet certs
   signet certs -o wide    # with serial numbers and issuers
+  signet certs --context prod --node worker-1
   signet certs -o json | jq -r '.certificates[] | select(.state != "valid") | .id'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client := a.client()
-			defer client.Close()
-			certs, err := client.Certificates(cmd.Context())
+			client, err := a.connect(cmd.Context(), cmd)
 			if err != nil {
 				return err
 			}
-			doc := &certsDoc{Meta: output.NewMeta("Certificates"), At: a.now().UTC(), Certificates: []certState{}}
-			for _, c := range certs {
-				doc.Certificates = append(doc.Certificates, judgeCert(c, doc.At))
+			defer client.Close()
+			certs, err := client.MeshCertificates(cmd.Context(), node)
+			if err != nil {
+				return err
+			}
+			doc := &certsDoc{Meta: output.NewMeta("Certificates"), At: a.now().UTC(), Certificates: []certState{}, missingNodes: missingNodes{certs.Missing}, cluster: client.Cluster()}
+			for _, c := range certs.Certificates {
+				s := judgeCert(c.Certificate, doc.At)
+				s.Node = c.Node
+				doc.Certificates = append(doc.Certificates, s)
 			}
 			if err := a.printer().Print(doc); err != nil {
 				return err
@@ -144,4 +165,6 @@ Exit code 3 when one is expired, not valid yet, or its renewal fails.`,
 			return findings(doc.bad())
 		},
 	})
+	cmd.Flags().StringVar(&node, "node", "", "only the certificates of this node")
+	return cmd
 }

@@ -88,9 +88,9 @@ type checkFlags struct {
 
 func (a *app) newCheckCommand() *cobra.Command {
 	var f checkFlags
-	cmd := a.answers(&cobra.Command{
+	cmd := a.asks(&cobra.Command{
 		Use:   "check",
-		Short: "Tell whether this machine is able to run a mesh",
+		Short: "Tell whether this machine, or a cluster, is able to run a mesh",
 		Long: `Try what a mesh needs of this machine, one line each with a stable code and,
 where it does not work, a fix. Kernel features are not guessed from versions:
 they are tried in a network namespace that is thrown away. Nothing on the
@@ -99,17 +99,39 @@ machine is changed.
 Envoy is looked for at --envoy, $SIGNET_ENVOY, .tools/envoy/bin/envoy beside
 the folder of this program and in the working directory, and in PATH.
 
+With --kubeconfig, --context or -n, and as "kubectl signet check", look at a
+cluster instead: before Signet is installed, whether it can be; after that,
+whether every part of it is ready and every enrolled pod captured.
+
 Exit code 3 when there are errors (with --fail-on warning, warnings too).`,
 		Example: `  signet check
   signet check -c examples/quickstart   # and whether these documents can run here
   signet check -o wide                  # and what each thing is needed for
+  signet check --context prod           # a cluster, before or after the installation
   signet check --fail-on warning -o json | jq -r '.checks[] | select(.level != "ok") | .fix'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.failOn != levelError && f.failOn != levelWarning {
 				return usage(fmt.Errorf("--fail-on %q: must be error or warning", f.failOn))
 			}
-			doc := newCheckDoc(a.check(cmd.Context(), f))
+			cluster, err := a.wantsCluster(cmd)
+			if err != nil {
+				return err
+			}
+			var checks []check
+			if cluster {
+				for _, local := range []string{"envoy", "state-dir", "config"} {
+					if cmd.Flags().Changed(local) {
+						return usage(fmt.Errorf("--%s is about this machine, and a cluster is asked about", local))
+					}
+				}
+				if checks, err = a.checkCluster(cmd.Context()); err != nil {
+					return err
+				}
+			} else {
+				checks = a.check(cmd.Context(), f)
+			}
+			doc := newCheckDoc(checks)
 			if err := cmd.Context().Err(); err != nil {
 				return err
 			}

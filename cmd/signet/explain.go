@@ -56,23 +56,24 @@ type explainFlags struct {
 
 func (a *app) newPolicyExplainCommand() *cobra.Command {
 	var f explainFlags
-	cmd := a.answers(&cobra.Command{
+	cmd := a.asks(&cobra.Command{
 		Use:   "explain --from ID --to ID --port N",
 		Short: "Say whether one identity may reach another, and why",
 		Long: `Say whether a caller may reach a port of a workload, which policy decides it,
 and, on a denial, why each policy that protects the workload does not admit
 the caller. The words are those of the refusal and of the audit record.
 
-The question is put to the running mesh, or with -c to documents that need
-not be in force. The port is the one on the workload, not the service's.
+The question is put to the running mesh, on this machine or in a cluster, or
+with -c to documents that need not be in force. The port is the one on the workload, not the service's.
 
 Exit code 0 when allowed, 3 when denied.`,
 		Example: `  signet policy explain --from shop/web --to pay/ledger --port 8443
   signet policy explain -c examples/quickstart --from shop/web --to shop/orders --port 8080
+  signet policy explain --context prod --from pod/shop/web-5d9f --to pay/ledger --port 8443
   signet policy explain --from spiffe://mesh.example/ns/shop/sa/web --to pay/ledger --port 8443 -o json`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			e, err := a.explain(cmd.Context(), f)
+			e, err := a.explain(cmd.Context(), cmd, f)
 			if err != nil {
 				return err
 			}
@@ -84,17 +85,17 @@ Exit code 0 when allowed, 3 when denied.`,
 		},
 	})
 	flags := cmd.Flags()
-	flags.StringVar(&f.from, "from", "", "the caller: namespace/service-account or SPIFFE ID")
+	flags.StringVar(&f.from, "from", "", "the caller: namespace/service-account, pod/namespace/name or SPIFFE ID")
 	flags.StringVar(&f.to, "to", "", "the target, likewise")
 	flags.IntVar(&f.port, "port", 0, "the port on the target workload")
 	flags.StringVarP(&f.documents, "config", "c", "", "ask this file or directory of documents instead of the running mesh")
 	return cmd
 }
 
-func (a *app) explain(ctx context.Context, f explainFlags) (e adminv1.Explanation, err error) {
+func (a *app) explain(ctx context.Context, cmd *cobra.Command, f explainFlags) (e adminv1.Explanation, err error) {
 	for _, flag := range []struct{ name, value string }{{"from", f.from}, {"to", f.to}} {
 		if flag.value == "" {
-			return e, usage(fmt.Errorf("--%s is missing; write NAMESPACE/SERVICE-ACCOUNT or a SPIFFE ID", flag.name))
+			return e, usage(fmt.Errorf("--%s is missing; write "+forms, flag.name))
 		}
 	}
 	if f.port < 1 || f.port > 65535 {
@@ -111,13 +112,16 @@ func (a *app) explain(ctx context.Context, f explainFlags) (e adminv1.Explanatio
 	if f.documents != "" {
 		return explainDocuments(f.documents, from, to, uint16(f.port))
 	}
-	client := a.client()
-	defer client.Close()
-	fromID, err := a.liveID(ctx, client, from)
+	client, err := a.connect(ctx, cmd)
 	if err != nil {
 		return e, err
 	}
-	toID, err := a.liveID(ctx, client, to)
+	defer client.Close()
+	fromID, err := liveID(ctx, client.Client, from)
+	if err != nil {
+		return e, err
+	}
+	toID, err := liveID(ctx, client.Client, to)
 	if err != nil {
 		return e, err
 	}
@@ -126,9 +130,13 @@ func (a *app) explain(ctx context.Context, f explainFlags) (e adminv1.Explanatio
 
 // liveID returns the SPIFFE ID of a reference in the running mesh, which is
 // asked for its trust domain only when the reference does not name one.
-func (a *app) liveID(ctx context.Context, client *adminclient.Client, r reference) (string, error) {
+func liveID(ctx context.Context, client *adminclient.Client, r reference) (string, error) {
 	if !r.id.IsZero() {
 		return r.id.String(), nil
+	}
+	if r.pod != "" {
+		w, err := client.Workload(ctx, r.pod)
+		return w.ID, err
 	}
 	status, err := client.ControlStatus(ctx)
 	if err != nil {
@@ -155,17 +163,17 @@ func explainDocuments(path string, from, to reference, port uint16) (e adminv1.E
 		return e, err
 	}
 	td := m.State.TrustDomain
-	fromID, err := from.in(td)
+	fromID, err := documentedID(m.State, from)
 	if err != nil {
 		return e, err
 	}
-	toID, err := to.in(td)
+	toID, err := documentedID(m.State, to)
 	if err != nil {
 		return e, err
 	}
-	model, faults := authz.Compile(td, m.Policies)
+	model, faults := authz.Compile(td, m.Policies, m.Quarantines...)
 	if len(faults) > 0 {
-		return e, fmt.Errorf("%s: %s: %s", faults[0].Policy, faults[0].Field, faults[0].Message)
+		return e, fmt.Errorf("%s%s: %s: %s", faults[0].Policy, faults[0].Quarantine, faults[0].Field, faults[0].Message)
 	}
 	view := &mesh.View{Revision: m.Revision, State: m.State, Model: model}
 	answer, err := control.Explain(view, fromID.String(), toID.String(), strconv.Itoa(int(port)))
@@ -173,4 +181,16 @@ func explainDocuments(path string, from, to reference, port uint16) (e adminv1.E
 		return e, err
 	}
 	return *answer, nil
+}
+
+// documentedID returns the SPIFFE ID of a reference in documents.
+func documentedID(state *mesh.State, r reference) (spiffeid.ID, error) {
+	if r.pod == "" {
+		return r.in(state.TrustDomain)
+	}
+	w := state.Workload(r.pod)
+	if w == nil {
+		return spiffeid.ID{}, fmt.Errorf("%s is no workload of these documents", r.pod)
+	}
+	return w.ID, nil
 }

@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/signet-mesh/signet/agent/audit"
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/internal/output"
 )
@@ -20,15 +22,16 @@ const (
 // that each is printed once as it opens and once when it has ended.
 type followed map[followKey]time.Time
 
-// followKey names a connection: its id is unique on one side.
+// followKey names a connection: its id is unique on one side of one node.
 type followKey struct {
+	node string
 	side audit.Side
 	id   string
 }
 
 // fresh reports whether the record says something new, and remembers it.
 func (s followed) fresh(r audit.Record) bool {
-	key := followKey{r.Side, r.ID}
+	key := followKey{r.Node, r.Side, r.ID}
 	end, known := s[key]
 	if known && (!end.IsZero() || r.End.IsZero()) {
 		return false
@@ -52,9 +55,11 @@ func (a *app) followAudit(ctx context.Context, client *adminclient.Client, q adm
 	tick := time.NewTicker(followEvery)
 	defer tick.Stop()
 	first := q
+	var missing []adminv1.MissingNode
+	silent := map[string]bool{}
 	for {
 		asked := a.now()
-		for r, err := range client.Audit(ctx, q) {
+		for r, err := range client.MeshAudit(ctx, q, &missing) {
 			if err != nil {
 				return stopped(ctx, err)
 			}
@@ -65,6 +70,7 @@ func (a *app) followAudit(ctx context.Context, client *adminclient.Client, q adm
 				return err
 			}
 		}
+		a.tellSilent(silent, missing)
 		q.Limit = 0 // every new record, however many
 		if since := asked.Add(-followOverlap); since.After(first.Since) {
 			q.Since = since
@@ -74,6 +80,25 @@ func (a *app) followAudit(ctx context.Context, client *adminclient.Client, q adm
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		}
+	}
+}
+
+// tellSilent says on the side when a node stops to answer, and when it is back:
+// its records come late, if at all.
+func (a *app) tellSilent(silent map[string]bool, missing []adminv1.MissingNode) {
+	now := map[string]bool{}
+	for _, m := range missing {
+		now[m.Node] = true
+		if !silent[m.Node] {
+			silent[m.Node] = true
+			a.complain(fmt.Errorf("node %s does not answer, its records are missing: %s", m.Node, m.Error))
+		}
+	}
+	for node := range silent {
+		if !now[node] {
+			delete(silent, node)
+			a.complain(fmt.Errorf("node %s answers again", node))
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/agent/audit"
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/internal/adminclient"
 )
 
@@ -96,5 +97,21 @@ func TestFollowForgets(t *testing.T) {
 	seen.forget(testNow.Add(time.Second))
 	if len(seen) != 1 {
 		t.Errorf("remembers %v", seen)
+	}
+}
+
+// While one follows, a node that goes silent is told once, and so is its
+// return: its records are missing in between.
+func TestFollowTellsSilentNodes(t *testing.T) {
+	var errs bytes.Buffer
+	a := &app{err: &errs}
+	silent := map[string]bool{}
+	gone := []adminv1.MissingNode{{Node: "n2", Error: "no answer within 5s"}}
+	for _, missing := range [][]adminv1.MissingNode{nil, gone, gone, nil, nil} {
+		a.tellSilent(silent, missing)
+	}
+	want := "signet: node n2 does not answer, its records are missing: no answer within 5s\nsignet: node n2 answers again\n"
+	if errs.String() != want {
+		t.Errorf("%q", errs.String())
 	}
 }

@@ -19,7 +19,7 @@ func leaves(c *cobra.Command) []*cobra.Command {
 }
 
 // callsOfSignet finds command lines in text.
-var callsOfSignet = regexp.MustCompile(`(?m)(?:^|[\s(;&|])(?:bin/)?signet( [^|#)\n]*)?`)
+var callsOfSignet = regexp.MustCompile(`(?m)(?:^|[\s(;&|])(?:bin/)?signet( [^|>#)\n]*)?`)
 
 // parses tells whether a command line names an existing command and flags.
 func parses(line string) error {

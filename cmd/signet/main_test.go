@@ -25,6 +25,7 @@ import (
 var testNow = time.Date(2026, 11, 23, 9, 30, 0, 0, time.UTC)
 
 func TestMain(m *testing.M) {
+	version = "v1.2.3"
 	testscript.Main(m, map[string]func(){"signet": func() {
 		a := &app{in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.Getenv, now: func() time.Time { return testNow }}
 		os.Exit(a.run(context.Background(), os.Args[1:]))
@@ -50,6 +51,13 @@ func TestScripts(t *testing.T) {
 				stop, err := meshes[args[0]].serve(ts.Getenv("SIGNET_RUN_DIR"))
 				ts.Check(err)
 				ts.Defer(stop)
+			},
+			// cluster bare|poor|well|ill: start an API server, and write the file
+			// kubeconfig.
+			"cluster": func(ts *testscript.TestScript, _ bool, args []string) {
+				_, _, stop, err := startCluster(ts.MkAbs("."), args[0])
+				ts.Defer(stop)
+				ts.Check(err)
 			},
 			// code N command...: run it and expect the exit code.
 			"code": func(ts *testscript.TestScript, _ bool, args []string) {
@@ -105,7 +113,7 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 		mux.HandleFunc("GET /v1/audit/verify", answer(m.verification))
 		mux.HandleFunc("GET /v1/audit", func(w http.ResponseWriter, r *http.Request) {
 			for _, rec := range m.records {
-				if v := r.URL.Query().Get("verdict"); v == "" || v == string(rec.Verdict) {
+				if v := r.URL.Query().Get("verdict"); v == "" || slices.Contains(strings.Split(v, ","), string(rec.Verdict)) {
 					_ = json.NewEncoder(w).Encode(rec)
 				}
 			}
@@ -228,14 +236,15 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		ill  int // exit code with the mesh that is ill
 		gone int // exit code without a mesh
 	}{
-		"signet status":         {[]string{"status"}, exitFindings, exitFailed},
-		"signet certs":          {[]string{"certs"}, exitFindings, exitFailed},
-		"signet audit":          {[]string{"audit"}, exitGood, exitFailed},
-		"signet audit verify":   {[]string{"audit", "verify"}, exitFindings, exitFailed},
-		"signet policy explain": {[]string{"policy", "explain", "--from", "shop/web", "--to", "pay/ledger", "--port", "8443"}, exitFindings, exitFailed},
-		"signet policy check":   {nil, exitFindings, exitFindings},
-		"signet check":          {nil, exitFindings, exitFindings},
-		"signet version":        {[]string{"version"}, exitGood, exitGood},
+		"signet status":          {[]string{"status"}, exitFindings, exitFailed},
+		"signet certs":           {[]string{"certs"}, exitFindings, exitFailed},
+		"signet audit":           {[]string{"audit"}, exitGood, exitFailed},
+		"signet audit verify":    {[]string{"audit", "verify"}, exitFindings, exitFailed},
+		"signet policy explain":  {[]string{"policy", "explain", "--from", "shop/web", "--to", "pay/ledger", "--port", "8443"}, exitFindings, exitFailed},
+		"signet policy generate": {[]string{"policy", "generate"}, exitGood, exitFailed},
+		"signet policy check":    {nil, exitFindings, exitFindings},
+		"signet check":           {nil, exitFindings, exitFindings},
+		"signet version":         {[]string{"version"}, exitGood, exitGood},
 	}
 	for name, c := range commands {
 		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {

@@ -10,9 +10,11 @@ import (
 )
 
 func (a *app) newPolicyCommand() *cobra.Command {
-	cmd := group("policy", "Check and explain policies", `Check documents before they are in force, and ask who may reach whom and why.`, `  signet policy check policies/
-  signet policy explain --from shop/web --to pay/ledger --port 8443`)
-	cmd.AddCommand(a.newPolicyCheckCommand(), a.newPolicyExplainCommand())
+	cmd := group("policy", "Check, explain and generate policies", `Check documents before they are in force, ask who may reach whom and why, and
+have policies written from what was observed.`, `  signet policy check policies/
+  signet policy explain --from shop/web --to pay/ledger --port 8443
+  signet policy generate --since 24h > policies.yaml`)
+	cmd.AddCommand(a.newPolicyCheckCommand(), a.newPolicyExplainCommand(), a.newPolicyGenerateCommand())
 	return cmd
 }
 

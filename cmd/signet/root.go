@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/internal/output"
 )
 
@@ -31,9 +30,12 @@ type app struct {
 	getenv   func(string) string
 	now      func() time.Time
 
-	runDir string
-	format output.Format
-	color  output.ColorMode
+	runDir  string
+	cluster clusterFlags
+	format  output.Format
+	color   output.ColorMode
+	// plugin is set when kubectl runs the program.
+	plugin bool
 }
 
 // run executes a command line and returns the exit code.
@@ -71,6 +73,12 @@ func (a *app) newRoot() *cobra.Command {
 	root := group("signet", "A sidecar-free mTLS identity mesh", `Signet gives every workload a SPIFFE identity, lets only the connections
 through that an AllowPolicy allows, and keeps a record of each.
 
+The commands that ask a running mesh (status, audit, certs, policy explain,
+policy generate) ask the one on this machine, or a cluster: when --kubeconfig,
+--context or -n is given, when the program is run as "kubectl signet", or when
+no mesh answers on this machine and there is a kubeconfig. They reach the control
+plane through the API server's port-forward.
+
 Exit codes, the same with every -o:
   0  good
   1  the tool could not do its work
@@ -78,7 +86,8 @@ Exit codes, the same with every -o:
   3  there are findings: something is denied, expired, broken or not able`, `  signet check                     # is this machine able?
   signet up -c examples/quickstart # start a mesh
   signet status                    # is it well?
-  signet policy explain --from shop/web --to pay/ledger --port 8443`)
+  signet policy explain --from shop/web --to pay/ledger --port 8443
+  signet status --context prod     # the same of a cluster`)
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.SetIn(a.in)
@@ -92,6 +101,9 @@ Exit codes, the same with every -o:
 	complete(root, "color", "auto", "always", "never")
 	root.AddCommand(a.newUpCommand(), a.newReleaseCommand(), a.newCheckCommand(), a.newProbeCommand(), a.newPolicyCommand(), a.newAuditCommand(),
 		a.newCertsCommand(), a.newStatusCommand(), a.newVersionCommand())
+	if a.plugin {
+		asPlugin(root)
+	}
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {
 		if c.Name() == "completion" {
@@ -154,5 +166,3 @@ func complete(cmd *cobra.Command, flag string, values ...string) {
 func (a *app) printer() *output.Printer {
 	return output.NewPrinter(a.out, a.format, a.color.Use(a.out, a.getenv))
 }
-
-func (a *app) client() *adminclient.Client { return adminclient.New(a.runDir) }

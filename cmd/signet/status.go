@@ -21,9 +21,14 @@ type statusDoc struct {
 	output.Meta
 	At time.Time `json:"at"`
 	// Control and Agent are absent when that part does not answer.
-	Control  *adminv1.ControlStatus `json:"control,omitempty"`
-	Agent    *adminv1.AgentStatus   `json:"agent,omitempty"`
-	Findings []finding              `json:"findings"`
+	Control *adminv1.ControlStatus `json:"control,omitempty"`
+	Agent   *adminv1.AgentStatus   `json:"agent,omitempty"`
+	// Mesh and Policies are those of a cluster; Agent is absent there.
+	Mesh     *adminv1.MeshStatus `json:"mesh,omitempty"`
+	Policies []policyState       `json:"policies,omitempty"`
+	// Notes say what could not be looked at, and is no fault of the mesh.
+	Notes    []string  `json:"notes,omitempty"`
+	Findings []finding `json:"findings"`
 }
 
 // finding is one thing that is wrong, with a code that stays the same.
@@ -45,6 +50,9 @@ func (d *statusDoc) judge() {
 	if d.Agent != nil {
 		d.judgeAgent(d.Agent)
 	}
+	if d.Mesh != nil {
+		d.judgeMesh(d.Mesh)
+	}
 }
 
 func (d *statusDoc) judgeControl(c *adminv1.ControlStatus) {
@@ -57,7 +65,7 @@ func (d *statusDoc) judgeControl(c *adminv1.ControlStatus) {
 	for _, n := range c.Nodes {
 		switch {
 		case !n.Connected:
-			d.find("SIG0304", "see whether its agent runs: `signet status` on that node", "node %s is not connected to the control plane since %s", n.Name, instant(n.Since))
+			d.find("SIG0304", d.fix("see whether its agent runs: `signet status` on that node", "see whether its agent is ready: kubectl get pods -o wide in Signet's namespace"), "node %s is not connected to the control plane since %s", n.Name, instant(n.Since))
 		case n.Revision != c.Revision && d.At.Sub(c.Since) > takeUpTime:
 			d.find("SIG0305", "look for a refusal of the configuration in the agent's log", "node %s works with revision %s, not with %s", n.Name, orNone(n.Revision), c.Revision)
 		}
@@ -69,15 +77,19 @@ func (d *statusDoc) judgeAgent(s *adminv1.AgentStatus) {
 		d.find("SIG0401", "start the control plane again, or look at why it is away; open and new connections go on with the last good state", "the agent of node %s has no connection to the control plane", s.Node)
 	}
 	if !s.ProxyConnected {
-		d.find("SIG0402", "look for the proxy's last words in the log of `signet up`; captured workloads have no network until it is back", "the proxy of node %s is not connected to its agent", s.Node)
+		d.find("SIG0402", d.fix("look for the proxy's last words in the log of `signet up`", "look at the log of the signet-proxy pod on that node")+"; captured workloads have no network until it is back", "the proxy of node %s is not connected to its agent", s.Node)
 	}
 	for _, w := range s.Workloads {
-		if w.Problem != "" {
+		if w.Problem != "" && d.Mesh == nil { // of a cluster, its namespaces tell
 			d.find("SIG0403", "`signet check` tells what the machine lacks; the workload's capture names its network namespace", "workload %s is not captured: %s", w.Workload, w.Problem)
 		}
 	}
 	if s.Audit.Gaps > 0 {
-		d.find("SIG0404", "`signet audit verify` tells whether what is there is intact; the lost records cannot be brought back", "%d audit records are known to be missing", s.Audit.Gaps)
+		of := ""
+		if d.Mesh != nil {
+			of = " on node " + s.Node
+		}
+		d.find("SIG0404", "`signet audit verify` tells whether what is there is intact; the lost records cannot be brought back", "%d audit records are known to be missing%s", s.Audit.Gaps, of)
 	}
 }
 
@@ -101,6 +113,9 @@ func (d *statusDoc) Text(t *output.Text) {
 			}
 			t.Line("node      ", n.Name, " ", state, ", revision ", d.revision(t, n.Revision))
 		}
+	}
+	if d.Mesh != nil {
+		d.meshText(t)
 	}
 	if s := d.Agent; s != nil {
 		t.Line("agent     node ", s.Node, ", control plane ", connected(s.ControlConnected), ", proxy ", connected(s.ProxyConnected), ", revision ", d.revision(t, s.Revision))
@@ -161,9 +176,15 @@ func plural(n int, one, many string) string {
 
 // status asks both parts. A part that does not answer is a finding while the
 // other does; when none does, there is no mesh to speak of.
-func (a *app) status(ctx context.Context) (*statusDoc, error) {
-	client := a.client()
+func (a *app) status(ctx context.Context, cmd *cobra.Command) (*statusDoc, error) {
+	client, err := a.connect(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
 	defer client.Close()
+	if client.Cluster() {
+		return a.clusterStatus(ctx, client)
+	}
 	doc := &statusDoc{Meta: output.NewMeta("Status"), At: a.now().UTC(), Findings: []finding{}}
 	control, controlErr := client.ControlStatus(ctx)
 	agent, agentErr := client.AgentStatus(ctx)
@@ -191,11 +212,13 @@ func (a *app) status(ctx context.Context) (*statusDoc, error) {
 }
 
 func (a *app) newStatusCommand() *cobra.Command {
-	return a.answers(&cobra.Command{
+	return a.asks(&cobra.Command{
 		Use:   "status",
-		Short: "Tell whether the mesh on this machine is well",
-		Long: `Tell what the control plane and the agent of this machine are doing: what is
-in force, which nodes and workloads are in it, and everything that is wrong.
+		Short: "Tell whether the mesh is well",
+		Long: `Tell what the control plane and the agent of this machine, or of every node of
+a cluster, are doing: what is in force, which nodes and workloads are in it,
+and everything that is wrong. Of a cluster, also how many pods of each namespace
+are enrolled, why each other one is not, and what became of each policy.
 
 A workload is called captured only after the kernel's rules were read back
 and the proxy took its listeners.
@@ -204,10 +227,11 @@ Exit code 3 when something is wrong, such as an edit that was refused, a
 workload that is not captured, or a part that does not answer.`,
 		Example: `  signet status
   signet status -o json | jq '.findings'
+  signet status --context prod -o wide   # a cluster, with every workload
   SIGNET_RUN_DIR=/run/other signet status`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			doc, err := a.status(cmd.Context())
+			doc, err := a.status(cmd.Context(), cmd)
 			if err != nil {
 				return err
 			}

@@ -9,19 +9,15 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/signet-mesh/signet/agent"
-	"github.com/signet-mesh/signet/agent/audit"
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/control"
 	"github.com/signet-mesh/signet/internal/manifest"
 	"github.com/signet-mesh/signet/internal/supervise"
-	"github.com/signet-mesh/signet/xds"
 )
 
 // mesh is what `signet up` starts.
@@ -32,6 +28,7 @@ type meshFlags struct {
 	envoy       string
 	concurrency int
 	noAudit     bool
+	noProxy     bool
 }
 
 func (a *app) newUpCommand() *cobra.Command {
@@ -66,6 +63,7 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 	cmd.Flags().StringVar(&f.envoy, "envoy", "", "Envoy program ($"+envEnvoy+", the project's tools, or PATH)")
 	cmd.Flags().IntVar(&f.concurrency, "proxy-threads", 0, "worker threads of the proxy (default: one for each processor)")
 	cmd.Flags().BoolVar(&f.noAudit, "no-audit", false, "keep no audit; for measuring what it costs")
+	cmd.Flags().BoolVar(&f.noProxy, "no-proxy", false, "start no proxy: signet-proxy runs beside, with --run-dir as here and --state-dir that of the agent, 'agent' in the one here")
 	return cmd
 }
 
@@ -84,7 +82,6 @@ func (a *app) up(ctx context.Context, f meshFlags) error {
 	if err != nil {
 		return err
 	}
-	raiseFileLimit()
 	ready := make(chan struct{})
 	waiting, stop := context.WithCancel(ctx)
 	go func() {
@@ -96,17 +93,6 @@ func (a *app) up(ctx context.Context, f meshFlags) error {
 	stop()
 	<-ready
 	return err
-}
-
-// raiseFileLimit lets the proxy, which needs a few descriptors for each
-// connection, have as many as the system allows. Without it a child starts
-// with the shell's soft limit, often 1,024.
-func raiseFileLimit() {
-	var limit syscall.Rlimit
-	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil {
-		limit.Cur = limit.Max
-		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) // what there is must do, then
-	}
 }
 
 // machine is one mesh on this machine, with every path absolute.
@@ -133,7 +119,7 @@ func (a *app) prepare(f meshFlags, envoy, trustDomain string) (*machine, error) 
 		return nil, err
 	}
 	m.bin = filepath.Dir(exe)
-	for _, name := range []string{"signet-control", "signet-agent"} {
+	for _, name := range []string{"signet-control", "signet-agent", "signet-proxy"} {
 		if _, err := os.Stat(filepath.Join(m.bin, name)); err != nil {
 			return nil, fmt.Errorf("%s must be beside signet: %w; run `make build`", name, err)
 		}
@@ -153,28 +139,32 @@ func (a *app) prepare(f meshFlags, envoy, trustDomain string) (*machine, error) 
 
 func (m *machine) agentState() string { return filepath.Join(m.stateDir, "agent") }
 func (m *machine) tokenFile() string  { return filepath.Join(m.stateDir, "agent", "join-token") }
-func (m *machine) bootstrap() string  { return filepath.Join(m.runDir, "envoy.json") }
 
 func (m *machine) processes() []supervise.Process {
-	return []supervise.Process{m.control(), m.agent(), m.proxy()}
+	out := []supervise.Process{m.control(), m.agent()}
+	if !m.noProxy {
+		out = append(out, m.proxy())
+	}
+	return out
 }
 
 func (m *machine) control() supervise.Process {
 	args := []string{"--config", m.documents, "--node", m.node, "--state-dir", m.stateDir, "--run-dir", m.runDir}
-	if m.noAudit {
-		args = append(args, "--no-audit")
-	}
 	return supervise.Process{Name: "control", Path: filepath.Join(m.bin, "signet-control"), Args: args, Grace: 5 * time.Second}
 }
 
 func (m *machine) agent() supervise.Process {
 	root := control.RootFile(m.stateDir)
+	args := []string{
+		"--node", m.node, "--trust-domain", m.trustDomain, "--state-dir", m.agentState(), "--run-dir", m.runDir,
+		"--bundle", root, "--join-token", m.tokenFile(),
+	}
+	if m.noAudit {
+		args = append(args, "--no-audit")
+	}
 	return supervise.Process{
 		Name: "agent", Path: filepath.Join(m.bin, "signet-agent"), Grace: 5 * time.Second,
-		Args: []string{
-			"--node", m.node, "--trust-domain", m.trustDomain, "--state-dir", m.agentState(), "--run-dir", m.runDir,
-			"--bundle", root, "--join-token", m.tokenFile(),
-		},
+		Args: args,
 		Before: func(context.Context, int) error {
 			if _, err := os.Stat(root); err != nil {
 				return fmt.Errorf("the control plane has not made its root yet: %w", err)
@@ -188,33 +178,13 @@ func (m *machine) agent() supervise.Process {
 	}
 }
 
+// proxy has no time to drain: the whole mesh ends, or nothing does.
 func (m *machine) proxy() supervise.Process {
 	args := []string{
-		"--config-path", m.bootstrap(), "--disable-hot-restart", "--log-level", "warning",
-		"--file-flush-interval-msec", "20", // A listener that is replaced gives its open connections this long.
-		"--drain-time-s", "600", "--drain-strategy", "immediate",
+		"--node", m.node, "--state-dir", m.agentState(), "--run-dir", m.runDir, "--envoy", m.envoy,
+		"--threads", strconv.Itoa(m.concurrency), "--drain-limit", "0",
 	}
-	if m.concurrency > 0 {
-		args = append(args, "--concurrency", strconv.Itoa(m.concurrency))
-	}
-	return supervise.Process{
-		Name: "envoy", Path: m.envoy, Args: args, Grace: 5 * time.Second,
-		Before: func(context.Context, int) error {
-			// No proxy runs now: a line that the last one left unfinished is
-			// ended, and what it had open is known to be gone.
-			if err := audit.Seal(agent.Spool(m.agentState())); err != nil {
-				return err
-			}
-			config, err := xds.Bootstrap(m.node, agent.ProxySocket(m.runDir), agent.ProxyAdmin(m.runDir))
-			if err != nil {
-				return err
-			}
-			if err := os.WriteFile(m.bootstrap(), config, 0o600); err != nil {
-				return err
-			}
-			return os.WriteFile(agent.ProxyEpoch(m.runDir), nil, 0o600)
-		},
-	}
+	return supervise.Process{Name: "proxy", Path: filepath.Join(m.bin, "signet-proxy"), Args: args, Grace: 10 * time.Second}
 }
 
 // announce says on standard output when the mesh is ready, and meanwhile, on

@@ -41,18 +41,25 @@ func (a *app) newVersionCommand() *cobra.Command {
 		Example: "  signet version -o json",
 		Args:    args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
-			doc := &versionDoc{Meta: output.NewMeta("Version"), Version: version, Go: runtime.Version(), Envoy: envoyVersion}
-			if info, ok := debug.ReadBuildInfo(); ok {
-				if doc.Version == "" {
-					doc.Version = info.Main.Version
-				}
-				for _, s := range info.Settings {
-					if s.Key == "vcs.revision" {
-						doc.Commit = s.Value
-					}
-				}
-			}
+			doc := &versionDoc{Meta: output.NewMeta("Version"), Go: runtime.Version(), Envoy: envoyVersion}
+			doc.Version, doc.Commit = ownVersion()
 			return a.printer().Print(doc)
 		},
 	})
+}
+
+// ownVersion returns this program's version and commit.
+func ownVersion() (v, commit string) {
+	v = version
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if v == "" {
+			v = info.Main.Version
+		}
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				commit = s.Value
+			}
+		}
+	}
+	return v, commit
 }

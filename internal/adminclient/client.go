@@ -1,16 +1,15 @@
-// Package adminclient asks a running mesh about itself, over the admin sockets
-// in its run directory.
+// Package adminclient asks a running mesh about itself: over the admin sockets
+// in its run directory, or over a connection to the control plane of a cluster,
+// which asks its nodes.
 package adminclient
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"iter"
 	"net"
 	"net/http"
 	"net/url"
@@ -19,7 +18,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/signet-mesh/signet/agent/audit"
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 )
 
@@ -30,17 +28,16 @@ const (
 )
 
 // maxBody bounds one answer, except a stream of records, and maxRecord one
-// record of such a stream.
+// line of such a stream.
 const (
 	maxBody   = 64 << 20
 	maxRecord = 1 << 20
 )
 
-// UnreachableError says that nothing answers on a socket, or that the caller
-// may not ask.
+// UnreachableError says that nothing answers, or that the caller may not ask.
 type UnreachableError struct {
 	Part   string // "agent" or "control plane"
-	Socket string // path
+	Socket string // path of a socket, or whatever names the place
 	Err    error
 }
 
@@ -75,13 +72,48 @@ func (e *AnswerError) Error() string { return e.Part + ": " + e.Message }
 // Client asks one mesh. It is safe for concurrent use.
 type Client struct {
 	agent, control endpoint
+	// cluster asks the control plane about all nodes; else the mesh is the one
+	// agent's node.
+	cluster bool
 }
 
 type endpoint struct {
 	part   string
 	socket string
+	host   string // of the URL
 	http   *http.Client
 }
+
+// NewCluster returns a client of a cluster's control plane, which it reaches
+// through rt; the place is what errors call it. Questions to one agent, such
+// as AgentStatus, have no answer there. Close it after use.
+func NewCluster(place string, rt http.RoundTripper) *Client {
+	return &Client{control: overHTTP("control plane", place, "signet-control", rt), agent: overHTTP("agent", place, "signet-control", nowhere{}), cluster: true}
+}
+
+// NewAgent returns a client of one node's agent, which it reaches through rt
+// under the host, a name that rt knows what to do with. Questions to the
+// control plane have no answer there. Close it after use.
+func NewAgent(node, host string, rt http.RoundTripper) *Client {
+	return &Client{agent: overHTTP("agent", "node "+node, host, rt), control: overHTTP("control plane", "node "+node, host, nowhere{})}
+}
+
+// Cluster reports whether the client asks about the nodes of a cluster.
+func (c *Client) Cluster() bool { return c.cluster }
+
+// nowhere leads to the part that a client has no way to.
+type nowhere struct{}
+
+func (nowhere) RoundTrip(*http.Request) (*http.Response, error) {
+	return nil, errors.New("it cannot be asked from here")
+}
+
+func overHTTP(part, place, host string, rt http.RoundTripper) endpoint {
+	return endpoint{part: part, socket: place, host: host, http: &http.Client{Transport: rt, CheckRedirect: noRedirect}}
+}
+
+// noRedirect: an admin API has nowhere to send anybody.
+func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // New returns a client of the mesh whose sockets are in a directory. It does
 // not connect yet. Close it after use.
@@ -93,7 +125,7 @@ func New(runDir string) *Client {
 }
 
 func newEndpoint(part, socket string) endpoint {
-	return endpoint{part: part, socket: socket, http: &http.Client{
+	return endpoint{part: part, socket: socket, host: "signet", http: &http.Client{
 		Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				var d net.Dialer
@@ -101,8 +133,7 @@ func newEndpoint(part, socket string) endpoint {
 			},
 			ResponseHeaderTimeout: 30 * time.Second,
 		},
-		// An admin socket has nowhere to send anybody.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		CheckRedirect: noRedirect,
 	}}
 }
 
@@ -139,83 +170,6 @@ func (c *Client) VerifyAudit(ctx context.Context) (v adminv1.AuditVerification, 
 	return v, c.agent.get(ctx, "/v1/audit/verify", nil, &v)
 }
 
-// AuditQuery chooses audit records; zero fields do not restrict.
-type AuditQuery struct {
-	Since time.Time // connections that were open at or after this
-	// From and To name the ends: a SPIFFE ID, "namespace/service-account",
-	// or "namespace/" for all of a namespace.
-	From, To string
-	Verdict  audit.Verdict
-	Side     audit.Side
-	Limit    int // the newest so many
-}
-
-// Audit asks the agent for records. The sequence ends after its first error.
-func (c *Client) Audit(ctx context.Context, q AuditQuery) iter.Seq2[audit.Record, error] {
-	v := url.Values{}
-	set := func(key, value string) {
-		if value != "" {
-			v.Set(key, value)
-		}
-	}
-	if !q.Since.IsZero() {
-		v.Set("since", q.Since.UTC().Format(time.RFC3339Nano))
-	}
-	set("from", q.From)
-	set("to", q.To)
-	set("verdict", string(q.Verdict))
-	set("side", string(q.Side))
-	if q.Limit > 0 {
-		v.Set("limit", strconv.Itoa(q.Limit))
-	}
-	return func(yield func(audit.Record, error) bool) {
-		body, err := c.agent.open(ctx, "/v1/audit", v)
-		if err != nil {
-			yield(audit.Record{}, err)
-			return
-		}
-		defer func() { _ = body.Close() }()
-		for r, err := range records(body) {
-			if err != nil {
-				err = fmt.Errorf("%s: audit records: %w", c.agent.part, err)
-			}
-			if !yield(r, err) || err != nil {
-				return
-			}
-		}
-	}
-}
-
-// records reads newline-delimited records. A cut line is an error, and so is a
-// line by which the agent says that it cannot go on.
-func records(r io.Reader) iter.Seq2[audit.Record, error] {
-	return func(yield func(audit.Record, error) bool) {
-		in := newLineReader(r, maxRecord)
-		for {
-			line, err := in.next()
-			if err == io.EOF {
-				return
-			}
-			if err == nil && len(bytes.TrimSpace(line)) == 0 {
-				continue
-			}
-			var rec struct {
-				audit.Record
-				Error string `json:"error"`
-			}
-			if err == nil {
-				err = json.Unmarshal(line, &rec)
-			}
-			if err == nil && rec.Error != "" {
-				err = errors.New(rec.Error)
-			}
-			if !yield(rec.Record, err) || err != nil {
-				return
-			}
-		}
-	}
-}
-
 func (e *endpoint) get(ctx context.Context, path string, q url.Values, into any) error {
 	body, err := e.open(ctx, path, q)
 	if err != nil {
@@ -237,7 +191,7 @@ func (e *endpoint) get(ctx context.Context, path string, q url.Values, into any)
 
 // open returns the body of a good answer; the caller closes it.
 func (e *endpoint) open(ctx context.Context, path string, q url.Values) (io.ReadCloser, error) {
-	u := url.URL{Scheme: "http", Host: "signet", Path: path, RawQuery: q.Encode()}
+	u := url.URL{Scheme: "http", Host: e.host, Path: path, RawQuery: q.Encode()}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
 		return nil, err
@@ -251,7 +205,7 @@ func (e *endpoint) open(ctx context.Context, path string, q url.Values) (io.Read
 		if errors.As(err, &dial) && dial.Op == "dial" {
 			return nil, &UnreachableError{Part: e.part, Socket: e.socket, Err: dial}
 		}
-		return nil, &UnreachableError{Part: e.part, Socket: e.socket, Err: errors.Unwrap(err)}
+		return nil, &UnreachableError{Part: e.part, Socket: e.socket, Err: cause(err)}
 	}
 	if res.StatusCode == http.StatusOK {
 		return res.Body, nil
@@ -265,4 +219,12 @@ func (e *endpoint) open(ctx context.Context, path string, q url.Values) (io.Read
 		answer.Error = fmt.Sprintf("answered %s to %s", res.Status, path)
 	}
 	return nil, &AnswerError{Part: e.part, Status: res.StatusCode, Message: answer.Error}
+}
+
+// cause takes off what http.Client says about a request of no interest.
+func cause(err error) error {
+	if inner := errors.Unwrap(err); inner != nil {
+		return inner
+	}
+	return err
 }

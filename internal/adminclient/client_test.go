@@ -59,8 +59,8 @@ func TestAuditStreams(t *testing.T) {
 	})
 	var seqs []uint64
 	for r, err := range newClient(t, dir).Audit(t.Context(), AuditQuery{
-		Since:   time.Date(2026, 1, 2, 4, 4, 5, 600, time.FixedZone("", 3600)),
-		Verdict: audit.Denied, Side: audit.Source, Limit: 7,
+		Since:    time.Date(2026, 1, 2, 4, 4, 5, 600, time.FixedZone("", 3600)),
+		Verdicts: []audit.Verdict{audit.Denied}, Side: audit.Source, Limit: 7,
 	}) {
 		if err != nil {
 			t.Fatal(err)

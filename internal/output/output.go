@@ -70,6 +70,14 @@ type Document interface {
 	Text(t *Text)
 }
 
+// YAMLDocument is a document with a YAML form of its own, such as one that is
+// made to be applied.
+type YAMLDocument interface {
+	Document
+	// YAML returns the form.
+	YAML() ([]byte, error)
+}
+
 // Printer writes documents in one form. It is not safe for concurrent use.
 type Printer struct {
 	out    io.Writer
@@ -93,6 +101,14 @@ func (p *Printer) Print(doc Document) error {
 		}
 		return p.write(append(b, '\n'))
 	case YAML:
+		own, ok := doc.(YAMLDocument)
+		if ok {
+			b, err := own.YAML()
+			if err != nil {
+				return fmt.Errorf("encode output: %w", err)
+			}
+			return p.write(b)
+		}
 		b, err := yaml.Marshal(doc)
 		if err != nil {
 			return fmt.Errorf("encode output: %w", err)

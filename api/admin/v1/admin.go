@@ -1,6 +1,5 @@
-// Package adminv1 is what a running mesh tells its operator over the control
-// plane's and the agent's admin sockets: JSON over HTTP on a unix socket that
-// only root may open.
+// Package adminv1 is what a running mesh tells its operator: JSON over HTTP. On
+// one machine it is served on unix sockets that only root may open.
 //
 //	GET  agent.sock   /v1/status        -> AgentStatus
 //	GET  agent.sock   /v1/certificates  -> []Certificate
@@ -9,6 +8,15 @@
 //	GET  agent.sock   /metrics, control.sock /metrics (Prometheus)
 //	GET  control.sock /v1/status        -> ControlStatus
 //	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
+//
+// In a cluster the operator reaches the control plane alone, through the API
+// server's port-forward, and it asks the nodes (package internal/fanout):
+//
+//	GET  control /v1/mesh/status            -> MeshStatus
+//	GET  control /v1/mesh/certificates      -> MeshCertificates
+//	GET  control /v1/mesh/audit?node=&...   -> newline-delimited audit.Record, then AuditLast
+//	GET  control /v1/mesh/audit/verify?node= -> MeshVerification
+//	GET  control /v1/mesh/workload?name=namespace/name -> Workload
 //
 // An error is a status of 4xx or 5xx with a body of {"error": "..."}.
 package adminv1
@@ -21,6 +29,8 @@ import (
 
 // ControlStatus is the state of the control plane.
 type ControlStatus struct {
+	// Version of the program; empty when it does not say.
+	Version     string `json:"version,omitempty"`
 	TrustDomain string `json:"trustDomain"`
 	// Revision is the content hash of what is in force.
 	Revision string    `json:"revision"`
@@ -43,7 +53,9 @@ type NodeStatus struct {
 
 // AgentStatus is the state of one node.
 type AgentStatus struct {
-	Node             string           `json:"node"`
+	Node string `json:"node"`
+	// Version of the program; empty when it does not say.
+	Version          string           `json:"version,omitempty"`
 	ControlConnected bool             `json:"controlConnected"`
 	ProxyConnected   bool             `json:"proxyConnected"`
 	Revision         string           `json:"revision"`
