@@ -12,6 +12,9 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 30s
 # More flags for go test, such as TESTFLAGS="-run TestX -v".
 TESTFLAGS ?=
+# What images are built for, and what stands before their names.
+PLATFORMS ?= linux/amd64,linux/arm64
+REPOSITORY ?= localhost
 # What `make bench` hands on.
 BENCHFLAGS ?=
 # A ztunnel program, for interop and bench.
@@ -21,8 +24,10 @@ KEEP ?=
 
 LINT := $(GO) tool -modfile=test/tools/go.mod golangci-lint
 BUILD := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags "-X main.version=$(VERSION)"
+HELM := $(GO) tool -modfile=test/tools/helm/go.mod helm
 PROTOS := $(shell find api -name '*.proto')
 ENVOY := $(CURDIR)/.tools/envoy/bin/envoy
+KUBE_BIN := $(CURDIR)/.tools/kubernetes/bin
 
 .PHONY: help
 help: ## List what there is to do
@@ -30,14 +35,18 @@ help: ## List what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## Build bin/signet, bin/signet-control and bin/signet-agent
+build: ## Build bin/signet, bin/signet-control, bin/signet-agent, bin/signet-proxy and bin/signet-cni
 	@echo "build: bin/"
 	@mkdir -p bin
-	@$(BUILD) -o bin/ ./cmd/signet ./cmd/signet-control ./cmd/signet-agent
+	@$(BUILD) -o bin/ ./cmd/signet ./cmd/signet-control ./cmd/signet-agent ./cmd/signet-proxy ./cmd/signet-cni
 
 .PHONY: tools
 tools: ## Get Envoy into .tools/
 	@test/tools/envoy.sh $(ENVOY_VERSION)
+
+.PHONY: kube-tools
+kube-tools: ## Build the programs of a Kubernetes cluster into .tools/ (ten minutes, once)
+	@test/tools/kubernetes.sh
 
 .PHONY: deps-debian
 deps-debian: ## Install the Debian packages that tests need, if any is missing
@@ -54,22 +63,22 @@ root:
 	@if [ "$$(id -u)" -ne 0 ]; then echo "The tests need root: they make network namespaces." >&2; exit 1; fi
 
 .PHONY: test
-test: root deps-debian tools build ## Run every test, with the race detector
+test: root deps-debian tools kube-tools build ## Run every test, with the race detector
 	@echo "test: go vet"
 	@$(GO) vet ./...
 	@echo "test: go test -race"
-	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) ./...
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) ./...
 
 .PHONY: test-short
 test-short: root tools ## Run the tests that take seconds, without the race detector
 	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -short -timeout=10m $(TESTFLAGS) ./...
 
 .PHONY: test-long
-test-long: root deps-debian tools build ## Run every test at its full length
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_TEST_LONG=1 $(GO) test -race -count=1 -timeout=80m $(TESTFLAGS) ./...
+test-long: root deps-debian tools kube-tools build ## Run every test at its full length
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_TEST_LONG=1 $(GO) test -race -count=1 -timeout=80m $(TESTFLAGS) ./...
 
 .PHONY: check
-check: generate-check ## Check format, vet, lint and generated files
+check: generate-check manifests-check ## Check format, vet, lint and generated files
 	@echo "check: gofmt"
 	@files=$$(find . -name '*.go' -not -path './.*' -print0 | xargs -0 gofmt -l); \
 	  if [ -n "$$files" ]; then echo "Not formatted; run gofmt -w on:"; echo "$$files"; exit 1; fi
@@ -89,19 +98,77 @@ define protoc
 	  $(PROTOS)
 endef
 
+# objects,PATHS,DIR,MORE: generate what Kubernetes needs of the API types in PATHS:
+# copies beside them, CustomResourceDefinitions into a directory.
+define objects
+	@$(GO) tool -modfile=test/tools/controller-gen/go.mod controller-gen \
+	  object crd paths=$(1) output:crd:dir=$(2) $(3)
+endef
+
 .PHONY: generate
-generate: ## Generate Go from the .proto files
+generate: ## Generate Go from the .proto files, and CRDs from the API types
 	$(call protoc,.)
+	@rm -f deploy/crds/*.yaml
+	$(call objects,./api/v1alpha1,deploy/crds,)
 
 .PHONY: generate-check
-generate-check: ## Check that generated files are what the .proto files say
+generate-check: ## Check that generated files are what their sources say
 	@echo "check: generated files"
 	@rm -rf .cache/generate && mkdir -p .cache/generate
 	$(call protoc,.cache/generate)
 	@# The line with protoc's own version differs from machine to machine.
 	@cd .cache/generate && find . -type f | while read -r f; do \
 	  diff -u -I '^//.*protoc  *v[0-9]' "../../$$f" "$$f" || { echo "$$f is not up to date; run make generate" >&2; exit 1; }; done
+	@mkdir -p .cache/generate/crds .cache/generate/v1alpha1
+	$(call objects,./api/v1alpha1,.cache/generate/crds,output:object:dir=.cache/generate/v1alpha1)
+	@diff -ru deploy/crds .cache/generate/crds || { echo "deploy/crds is not up to date; run make generate" >&2; exit 1; }
+	@diff -u api/v1alpha1/zz_generated.deepcopy.go .cache/generate/v1alpha1/zz_generated.deepcopy.go || { echo "api/v1alpha1 is not up to date; run make generate" >&2; exit 1; }
 	@rm -rf .cache/generate
+
+.PHONY: images
+images: ## Build the container images into .cache/images, for all PLATFORMS
+	@mkdir -p .cache/images
+	@CGO_ENABLED=0 $(GO) build -o .cache/images/build ./deploy/images
+	@.cache/images/build -version "$(VERSION)" -envoy "$(ENVOY_VERSION)" -repository "$(REPOSITORY)" -platforms "$(PLATFORMS)"
+
+.PHONY: chart
+chart: ## Pack the Helm chart of this VERSION into .cache/chart
+	@rm -rf .cache/chart && mkdir -p .cache/chart deploy/chart/signet/crds
+	@cp deploy/crds/*.yaml deploy/chart/signet/crds/
+	@$(HELM) lint --quiet --strict --set trustDomain=mesh.example deploy/chart/signet
+	@# A version between releases, such as v0.1.0-3-gabcdef, is a valid one too; a bare commit is not.
+	@version="$(patsubst v%,%,$(VERSION))"; [[ $$version =~ ^[0-9]+\.[0-9]+\.[0-9]+ ]] || version="0.0.0-g$$version"; \
+	  $(HELM) package deploy/chart/signet --version "$$version" --app-version "$(VERSION)" --destination .cache/chart
+
+# manifests,DIR: render the chart into a directory, for those who have no Helm.
+define manifests
+	@mkdir -p $(1)
+	@{ echo "# Generated by make manifests from deploy/chart/signet. Edit the trust domain"; \
+	  echo "# (cluster.local, twice) and where the images are (localhost). Apply crds.yaml first."; \
+	  $(HELM) template signet deploy/chart/signet --namespace signet-system \
+	    --set trustDomain=cluster.local --set namespace.create=true; } >$(1)/signet.yaml
+	@{ echo "# Generated by make manifests."; cat deploy/crds/*.yaml; } >$(1)/crds.yaml
+endef
+
+.PHONY: chart-test
+chart-test: PLATFORMS := linux/$(shell $(GO) env GOARCH)
+chart-test: root deps-debian images chart ## Install and remove the chart in a real cluster of its own
+	@SIGNET_VERSION="$(VERSION)" $(GO) test -count=1 -timeout=40m -tags=chart $(TESTFLAGS) ./test/chart/
+
+.PHONY: manifests
+manifests: ## Render the chart as plain YAML into deploy/manifests
+	@mkdir -p deploy/chart/signet/crds && rm -f deploy/chart/signet/crds/*.yaml
+	@cp deploy/crds/*.yaml deploy/chart/signet/crds/
+	$(call manifests,deploy/manifests)
+
+.PHONY: manifests-check
+manifests-check: ## Check that the chart's copies and deploy/manifests are up to date
+	@echo "check: deploy/manifests"
+	@rm -rf .cache/manifests
+	$(call manifests,.cache/manifests)
+	@diff -ru deploy/crds deploy/chart/signet/crds || { echo "deploy/chart/signet/crds is not up to date; run make manifests" >&2; exit 1; }
+	@diff -ru deploy/manifests .cache/manifests || { echo "deploy/manifests is not up to date; run make manifests" >&2; exit 1; }
+	@rm -rf .cache/manifests
 
 .PHONY: bench
 bench: root tools build ## Measure the mesh against raw TCP, static Envoy and ztunnel (ZTUNNEL=PATH)

@@ -63,17 +63,28 @@ var rules = map[string]rule{
 	"ca/caserver": {own: []string{"ca", "internal/mesh", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
 		why: "decides for whom the authority signs, from the state alone; it has no part in proxies"},
 
-	"agent": {own: []string{"agent/...", "api/admin/v1", "api/node/v1", "authz", "internal/mesh", "internal/adminserver", "internal/unixsocket", "xds", "ca/caserver"},
+	"agent": {own: []string{"agent/...", "api/admin/v1", "api/node/v1", "authz", "internal/mesh", "internal/adminserver", "internal/proxy/instance", "internal/unixsocket", "xds", "ca", "ca/caserver"},
 		outside: []string{spiffe, grpc, protobuf, envoy, metrics, unix, "golang.org/x/sync/..."},
-		why:     "composition only: what it composes does not know of each other; of ca/caserver it has the client's side of the connection"},
+		why:     "composition only: what it composes does not know of each other; of ca it has the names of identities, of ca/caserver the client's side of the connection"},
 	"agent/accesslog": {own: []string{"agent/audit", "authz", "xds"},
 		why: "between the lines that xds has the proxy write and the records that audit keeps"},
-	"agent/attest": {own: []string{"internal/mesh"}, outside: []string{unix}, banned: []string{"net/http"},
+	"agent/attest": {own: []string{"internal/mesh", "agent/attest/hostcgroup"}, outside: []string{unix}, banned: []string{"net/http"},
 		why: "who a process is follows from the kernel's facts alone; it never sees a key"},
 	"agent/audit": {own: []string{"api/admin/v1"}, outside: []string{spiffe, unix, "go.etcd.io/bbolt/..."}, banned: []string{"net/http"},
 		why: "evidence is kept by code that cannot reach out, and nobody else opens its files"},
-	"agent/capture": {own: []string{"internal/mesh"}, outside: []string{unix, "github.com/google/nftables/...", "github.com/mdlayher/netlink/...", "github.com/vishvananda/..."}, banned: []string{"net/http", "os/exec"},
+	"agent/capture": {own: []string{"internal/mesh", "agent/capture/nft"}, outside: []string{unix, "github.com/google/nftables/...", "github.com/mdlayher/netlink/...", "github.com/vishvananda/..."}, banned: []string{"net/http", "os/exec"},
 		why: "the kernel's rules are set by netlink, so that no program on the machine can be put in its place"},
+	"agent/attest/hostcgroup": {outside: []string{unix}, banned: []string{"net/http", "os/exec"},
+		why: "reads the kernel's cgroup facts, for whoever has to judge them"},
+	"agent/capture/nft": {own: []string{"internal/mesh"}, outside: []string{unix, "github.com/google/nftables/...", "github.com/mdlayher/netlink/..."}, banned: []string{"net/http", "os/exec"},
+		why: "the words that packet rules are made of, in a pod and on its node"},
+	"agent/cni": {own: []string{"api/cni/v1", "internal/unixsocket"},
+		why: "the gate that a pod waits behind; what it waits for is the agent's to say"},
+	"agent/netns": {outside: []string{unix, "github.com/vishvananda/..."}, banned: []string{"net/http", "os/exec"},
+		why: "which namespace is whose follows from the kernel's facts alone"},
+	"agent/probe": {own: []string{"agent/attest/hostcgroup", "agent/capture", "agent/capture/nft", "internal/mesh"}, outside: []string{unix, "github.com/google/nftables/...", "github.com/mdlayher/netlink/...", "github.com/vishvananda/..."}, banned: []string{"net/http", "os/exec"},
+		why: "the node's packet rules are set by netlink, so that no program on the machine can be put in its place"},
+	"api/cni/v1": {why: "what the plugin and the agent say to each other; it knows neither"},
 	"agent/relay": {own: []string{"agent/svid", "api/node/v1", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"}, outside: []string{spiffe, envoy, grpc, protobuf},
 		why: "passes on what the control plane decided; it cannot decide, so it must not have authz"},
 	"agent/svid": {own: []string{"api/admin/v1", "api/node/v1", "internal/mesh"}, outside: []string{spiffe, grpc, unix, "golang.org/x/sync/..."}, banned: []string{"net/http", "os/exec"},
@@ -83,15 +94,29 @@ var rules = map[string]rule{
 
 	"internal/adminclient": {own: []string{"agent/audit", "api/admin/v1"},
 		why: "asks a running mesh; it must not be able to answer for it"},
-	"internal/adminserver": {own: []string{"api/admin/v1"},
+	"internal/adminserver": {own: []string{"api/admin/v1"}, outside: []string{spiffe, "golang.org/x/net/netutil"},
 		why: "the manners of both admin sockets, without what they answer"},
-	"internal/control": {own: []string{"api/...", "authz", "ca", "ca/caserver", "internal/adminserver", "internal/manifest", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"},
+	"internal/cniconf": {outside: []string{unix, "github.com/containernetworking/cni/...", "github.com/fsnotify/fsnotify"}, banned: []string{"net/http", "os/exec"},
+		why: "puts a plugin into a node's CNI configuration, and takes it away; what the plugin does is not its business"},
+	"internal/fanout": {own: []string{"agent/audit", "api/admin/v1", "internal/adminclient", "internal/adminserver", "internal/mesh"}, outside: []string{spiffe, "golang.org/x/sync/..."},
+		why: "asks agents and merges what they say; it decides nothing"},
+	"internal/incluster": {why: "small, for programs on every node: the standard library only"},
+	"internal/kubeclient": {own: []string{"internal/adminclient", "api/admin/v1"}, outside: []string{"k8s.io/..."},
+		why: "the operator's way to the control plane through the API server; it answers nothing itself"},
+	"internal/control": {own: []string{"api/...", "authz", "ca", "ca/caserver", "internal/adminserver", "internal/fanout", "internal/manifest", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"},
 		outside: []string{spiffe, grpc, protobuf, envoy, metrics, "golang.org/x/sync/..."},
 		why:     "composition of the control plane; nothing of the agent's"},
+	"internal/kube": {own: []string{"api/node/v1", "api/v1alpha1", "authz", "ca", "ca/caserver", "internal/fanout", "internal/mesh"},
+		outside: []string{spiffe, "k8s.io/...", "golang.org/x/sync/errgroup", "golang.org/x/time/rate"},
+		why:     "objects of an API server become facts, and what became of them is written back; it serves nobody"},
 	"internal/lab": {outside: []string{unix, "github.com/vishvananda/..."},
 		why: "makes namespaces for tests and examples, which must not depend on what they test"},
 	"internal/output": {outside: []string{"golang.org/x/term", "sigs.k8s.io/yaml"},
 		why: "prints any document and knows none"},
+	"internal/proxy": {own: []string{"internal/mesh", "internal/proxy/instance", "internal/supervise", "internal/unixsocket", "xds"}, outside: []string{unix},
+		why: "keeps an Envoy, whose configuration and meaning are others' business; the agent may be away"},
+	"internal/proxy/instance": {outside: []string{unix},
+		why: "what a proxy's parent and the agent have in common: directories"},
 	"internal/supervise": {outside: []string{unix},
 		why: "keeps processes running, whatever they are"},
 	"internal/unixsocket": {outside: []string{unix},
@@ -99,7 +124,7 @@ var rules = map[string]rule{
 }
 
 // free packages are programs and tests, which may import anything.
-var free = []string{"cmd/...", "examples/...", "test/..."}
+var free = []string{"cmd/...", "deploy/...", "examples/...", "test/..."}
 
 // sole packages of others may be imported by one part of the project only.
 var sole = map[string]struct {
@@ -107,7 +132,7 @@ var sole = map[string]struct {
 	why string
 }{
 	"go.etcd.io/bbolt":               {[]string{"agent/audit"}, "the store's files are opened by the package that keeps their promises, or by nobody"},
-	"k8s.io/client-go":               {[]string{"internal/kube"}, "everything else runs, and is tested, without Kubernetes"},
+	"k8s.io/client-go":               {[]string{"internal/kube", "internal/kubeclient", "cmd", "test"}, "everything else runs, and is tested, without Kubernetes"},
 	"sigs.k8s.io/controller-runtime": {[]string{"internal/kube"}, "everything else runs, and is tested, without Kubernetes"},
 	"github.com/spf13/cobra":         {[]string{"cmd"}, "flags are the business of programs"},
 	"log":                            {nil, "logs are structured: a *slog.Logger is handed in"},

@@ -36,7 +36,7 @@ const limit = 60 * time.Second
 const outerVar = "SIGNET_QUICKSTART_PID"
 
 func main() {
-	bin := flag.String("bin", "bin", "`directory` of signet, signet-control and signet-agent")
+	bin := flag.String("bin", "bin", "`directory` of signet, signet-control, signet-agent and signet-proxy")
 	flag.Parse()
 	if os.Getenv(outerVar) == "" {
 		if err := os.Setenv(outerVar, strconv.Itoa(os.Getpid())); err != nil {

@@ -45,7 +45,7 @@ func build() (string, error) {
 		return "", err
 	}
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", dir+"/",
-		"./cmd/signet", "./cmd/signet-control", "./cmd/signet-agent", "./examples/quickstart")
+		"./cmd/signet", "./cmd/signet-control", "./cmd/signet-agent", "./cmd/signet-proxy", "./examples/quickstart")
 	cmd.Dir = filepath.Join("..", "..")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {

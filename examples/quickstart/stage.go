@@ -164,7 +164,7 @@ func (q *quickstart) prepare() error {
 	if q.curl, err = exec.LookPath("curl"); err != nil {
 		q.curl = ""
 	}
-	for _, name := range []string{"signet", "signet-control", "signet-agent"} {
+	for _, name := range []string{"signet", "signet-control", "signet-agent", "signet-proxy"} {
 		if _, err := exec.LookPath(filepath.Join(q.bin, name)); err != nil {
 			return fmt.Errorf("%w; run `make build`, or name the directory of the programs with -bin", err)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"slices"
 	"strings"
@@ -262,18 +263,25 @@ func (m *auditMesh) compareTranslated(p *auditProblems, a attempt, bySource, byP
 	if e.source == "" {
 		from, check = byPlain, m.checkPlain
 	}
+	// Of several that fit, the nearest in time: attempts of one kind differ in
+	// nothing else when nobody answered them.
+	best, bestKey, bestIndex := time.Duration(math.MaxInt64), "", 0
 	for key, rs := range from {
 		for i := range rs {
-			r := rs[i]
+			r := &rs[i]
 			fits := r.Source.ID == identity(a.pod) && r.Destination.Address == a.to &&
 				!r.Start.Before(a.begin.Add(-time.Second)) && !r.Start.After(a.end.Add(time.Second)) &&
 				(r.Verdict != audit.Allowed || r.BytesSent == a.sent && r.BytesReceived == a.received)
-			if fits {
-				from[key] = slices.Delete(slices.Clone(rs), i, i+1)
-				check(p, e, a, &r)
-				return
+			if away := r.Start.Sub(a.begin).Abs() + r.End.Sub(a.end).Abs(); fits && away < best {
+				best, bestKey, bestIndex = away, key, i
 			}
 		}
+	}
+	if bestKey != "" {
+		r := from[bestKey][bestIndex]
+		from[bestKey] = slices.Delete(slices.Clone(from[bestKey]), bestIndex, bestIndex+1)
+		check(p, e, a, &r)
+		return
 	}
 	p.add("%s: no record of %+v", a.kind, a)
 }

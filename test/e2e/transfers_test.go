@@ -140,7 +140,7 @@ func TestTransfers(t *testing.T) {
 		}
 		// The mesh's own TLS is around it, and it is the one that is recorded.
 		m.Eventually(15*time.Second, "the record of a call to the service", func() error {
-			for _, r := range m.Records(adminclient.AuditQuery{Side: audit.Source, Verdict: audit.Allowed}) {
+			for _, r := range m.Records(adminclient.AuditQuery{Side: audit.Source, Verdicts: []audit.Verdict{audit.Allowed}}) {
 				if r.Destination.Address == "10.96.0.2:443" && r.TLS != nil && r.TLS.Group == "X25519MLKEM768" {
 					return nil
 				}

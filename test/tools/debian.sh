@@ -23,6 +23,7 @@ need sshd openssh-server
 need ssh openssh-client
 need curl curl
 need tcpdump tcpdump
+need /usr/lib/cni/bridge containernetworking-plugins
 
 if [[ ${#packages[@]} -eq 0 ]]; then
   exit 0
