@@ -1,0 +1,45 @@
+{{/*
+What the programs are called with, all in one place. Nothing here depends on
+values but the trust domain, the drain and the CNI folders.
+*/}}
+{{- define "signet.flags.control" -}}
+- --kubernetes
+- --namespace=$(POD_NAMESPACE)
+- --listen=:9443
+- --health-listen=:9440
+- --admin-listen=127.0.0.1:9441
+- --state-dir=/var/lib/signet
+{{- end -}}
+
+{{- define "signet.flags.agent" -}}
+- --kubernetes
+- --node=$(NODE_NAME)
+- --trust-domain={{ .Values.trustDomain }}
+- --control=signet-control.$(POD_NAMESPACE).svc:9443
+- --join-token=/var/run/secrets/signet/token
+- --bundle-configmap=signet-bundle
+- --state-dir=/var/lib/signet/agent
+- --run-dir=/run/signet
+- --health=:9446
+{{- end -}}
+
+{{- define "signet.flags.cni" -}}
+- install
+- --watch
+- --bin-dir={{ .Values.cni.binDir }}
+- --conf-dir={{ .Values.cni.confDir }}
+- --own-namespace=$(POD_NAMESPACE)
+- --daemonset=$(POD_NAMESPACE)/signet-agent
+{{- end -}}
+
+{{- define "signet.flags.proxy" -}}
+- --run-dir=/run/signet
+- --state-dir=/var/lib/signet/agent
+- --node=$(NODE_NAME)
+- --drain-limit={{ int .Values.proxy.drainSeconds }}s
+{{- end -}}
+
+{{/* Succeeds when this pod's Envoy serves what the agent told it. */}}
+{{- define "signet.command.proxyReady" -}}
+["/usr/bin/signet-proxy", "ready"]
+{{- end -}}

@@ -1,0 +1,480 @@
+// Package deploy tests the Helm chart: what it asks of a cluster is written
+// down here, so that asking for more is an edit that somebody sees.
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/signet-mesh/signet/api/v1alpha1"
+)
+
+// helm runs Helm as the project pins it, with nothing of the user's.
+func helm(ctx context.Context, t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	cmd := exec.CommandContext(ctx, "go", append([]string{"tool", "-modfile=../test/tools/helm/go.mod", "helm"}, args...)...)
+	home := t.TempDir()
+	cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home, "KUBECONFIG="+filepath.Join(home, "none"))
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err = cmd.Run()
+	return out.String(), errs.String(), err
+}
+
+// release is what the chart makes, parsed.
+type release struct {
+	namespaces  []corev1.Namespace
+	accounts    []corev1.ServiceAccount
+	services    []corev1.Service
+	deployments []appsv1.Deployment
+	daemons     []appsv1.DaemonSet
+	roles       []rbacv1.Role
+	clusters    []rbacv1.ClusterRole
+	configs     []v1alpha1.MeshConfig
+	budgets     []policyv1.PodDisruptionBudget
+	networks    []networkingv1.NetworkPolicy
+}
+
+// render renders the chart. Fields that Kubernetes does not know are errors.
+func render(t *testing.T, set ...string) release {
+	t.Helper()
+	args := []string{"template", "signet", "chart/signet", "--namespace", "signet-system", "--set", "trustDomain=mesh.example"}
+	for _, s := range set {
+		args = append(args, "--set", s)
+	}
+	out, errs, err := helm(t.Context(), t, args...)
+	if err != nil {
+		t.Fatalf("helm template: %v\n%s", err, errs)
+	}
+	var r release
+	for doc := range strings.SplitSeq(out, "\n---\n") {
+		var kind struct{ Kind string }
+		if err := yaml.Unmarshal([]byte(doc), &kind); err != nil {
+			t.Fatalf("%v in\n%s", err, doc)
+		}
+		switch kind.Kind {
+		case "":
+		case "Namespace":
+			r.namespaces = parse(t, doc, r.namespaces)
+		case "ServiceAccount":
+			r.accounts = parse(t, doc, r.accounts)
+		case "Service":
+			r.services = parse(t, doc, r.services)
+		case "Deployment":
+			r.deployments = parse(t, doc, r.deployments)
+		case "DaemonSet":
+			r.daemons = parse(t, doc, r.daemons)
+		case "Role":
+			r.roles = parse(t, doc, r.roles)
+		case "ClusterRole":
+			r.clusters = parse(t, doc, r.clusters)
+		case "MeshConfig":
+			r.configs = parse(t, doc, r.configs)
+		case "PodDisruptionBudget":
+			r.budgets = parse(t, doc, r.budgets)
+		case "NetworkPolicy":
+			r.networks = parse(t, doc, r.networks)
+		case "RoleBinding", "ClusterRoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding":
+		default:
+			t.Errorf("the chart makes a %s, which no test looks at", kind.Kind)
+		}
+	}
+	return r
+}
+
+func parse[T any](t *testing.T, doc string, to []T) []T {
+	t.Helper()
+	var object T
+	if err := yaml.UnmarshalStrict([]byte(doc), &object); err != nil {
+		t.Errorf("%v in\n%s", err, doc)
+	}
+	return append(to, object)
+}
+
+// pods has the pod templates by the name of what makes them.
+func (r *release) pods() map[string]corev1.PodSpec {
+	all := map[string]corev1.PodSpec{}
+	for _, d := range r.deployments {
+		all[d.Name] = d.Spec.Template.Spec
+	}
+	for _, d := range r.daemons {
+		all[d.Name] = d.Spec.Template.Spec
+	}
+	return all
+}
+
+// variants are values that turn on what is off.
+var variants = map[string][]string{
+	"default": nil,
+	"full": {"control.replicas=3", "networkPolicy.enabled=true", "namespace.create=true", "image.pullSecrets[0].name=registry",
+		"control.digest=sha256:" + strings.Repeat("a", 64), "agent.digest=sha256:" + strings.Repeat("b", 64), "proxy.digest=sha256:" + strings.Repeat("c", 64)},
+}
+
+// Defends the cluster from the release: what each container may do is listed,
+// and nobody gets a right by an edit elsewhere.
+func TestPrivileges(t *testing.T) {
+	type right struct {
+		privileged   bool
+		capabilities string
+	}
+	want := map[string]right{
+		"signet-control/control": {},
+		"signet-agent/agent":     {privileged: true},
+		"signet-agent/cni":       {},
+		"signet-proxy/proxy":     {capabilities: "NET_ADMIN SYS_ADMIN"},
+	}
+	wantPaths := map[string][]string{
+		"signet-control": nil,
+		"signet-agent":   {"/etc/cni/net.d", "/opt/cni/bin", "/run/signet", "/sys/fs/cgroup", "/var/lib/signet"},
+		"signet-proxy":   {"/run/signet", "/var/lib/signet/agent"},
+	}
+	for variant, set := range variants {
+		t.Run(variant, func(t *testing.T) {
+			r := render(t, set...)
+			seen := map[string]bool{}
+			for owner, pod := range r.pods() {
+				var paths []string
+				for _, v := range pod.Volumes {
+					if v.HostPath != nil {
+						paths = append(paths, v.HostPath.Path)
+					}
+				}
+				slices.Sort(paths)
+				if !slices.Equal(paths, wantPaths[owner]) {
+					t.Errorf("%s sees %q of the node, want %q", owner, paths, wantPaths[owner])
+				}
+				if onHost := owner != "signet-control"; pod.HostNetwork != onHost {
+					t.Errorf("%s: hostNetwork is %v", owner, pod.HostNetwork)
+				}
+				if pod.HostPID != (owner == "signet-agent") || pod.HostIPC {
+					t.Errorf("%s: hostPID %v, hostIPC %v", owner, pod.HostPID, pod.HostIPC)
+				}
+				if wants := owner != "signet-proxy"; pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken != wants {
+					t.Errorf("%s: its token for the API server is to be mounted: %v", owner, wants)
+				}
+				if len(pod.InitContainers) > 0 {
+					t.Errorf("%s has init containers, which no test looks at", owner)
+				}
+				for _, c := range pod.Containers {
+					name := owner + "/" + c.Name
+					w, ok := want[name]
+					if !ok {
+						t.Errorf("%s is not known", name)
+						continue
+					}
+					seen[name] = true
+					s := c.SecurityContext
+					if got := s.Privileged != nil && *s.Privileged; got != w.privileged {
+						t.Errorf("%s: privileged is %v", name, got)
+					}
+					if s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem {
+						t.Errorf("%s can write to its root", name)
+					}
+					if w.privileged {
+						continue // which overrides what follows
+					}
+					if s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation {
+						t.Errorf("%s may gain privileges", name)
+					}
+					var added []string
+					for _, c := range s.Capabilities.Add {
+						added = append(added, string(c))
+					}
+					if got := strings.Join(added, " "); got != w.capabilities || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) {
+						t.Errorf("%s: capabilities %q, dropped %q", name, got, s.Capabilities.Drop)
+					}
+					if pod.SecurityContext == nil && s.SeccompProfile == nil || s.SeccompProfile != nil && s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+						t.Errorf("%s: its system calls are not filtered", name)
+					}
+				}
+			}
+			if len(seen) != len(want) {
+				t.Errorf("the release has the containers %v, want %d", seen, len(want))
+			}
+			control := r.pods()["signet-control"].SecurityContext
+			if control == nil || control.RunAsNonRoot == nil || !*control.RunAsNonRoot || *control.RunAsUser == 0 || control.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+				t.Errorf("the control plane is not restricted: %+v", control)
+			}
+		})
+	}
+}
+
+// Defends nodes from containers without bounds, and users from images that
+// change under them.
+func TestContainersAreBoundAndPinned(t *testing.T) {
+	for variant, set := range variants {
+		r := render(t, set...)
+		for owner, pod := range r.pods() {
+			for _, c := range pod.Containers {
+				_, cpu := c.Resources.Requests[corev1.ResourceCPU]
+				_, memory := c.Resources.Requests[corev1.ResourceMemory]
+				_, limit := c.Resources.Limits[corev1.ResourceMemory]
+				if !cpu || !memory || !limit {
+					t.Errorf("%s: %s/%s: resources %+v", variant, owner, c.Name, c.Resources)
+				}
+				tail := ":v0.1.0"
+				if variant == "full" {
+					tail = "@sha256:" + strings.Repeat(map[string]string{"signet-control": "a", "signet-agent": "b", "signet-proxy": "c"}[owner], 64)
+				}
+				if want := "localhost/" + owner + tail; c.Image != want {
+					t.Errorf("%s: %s/%s: image %s, want %s", variant, owner, c.Name, c.Image, want)
+				}
+			}
+		}
+	}
+}
+
+// Defends the cluster's objects: each right of Signet's own accounts is listed.
+// The roles for users are the business of another test.
+func TestRights(t *testing.T) {
+	r := render(t)
+	got := map[string][]string{}
+	add := func(name string, rules []rbacv1.PolicyRule) {
+		for _, rule := range rules {
+			for _, g := range rule.APIGroups {
+				for _, res := range rule.Resources {
+					for _, v := range rule.Verbs {
+						if strings.Contains(g+res+v, "*") || len(rule.NonResourceURLs) > 0 {
+							t.Errorf("%s: a right to everything: %+v", name, rule)
+						}
+						what := strings.TrimSuffix(res+"."+g, ".")
+						if len(rule.ResourceNames) > 0 {
+							what += " " + strings.Join(rule.ResourceNames, ",")
+						}
+						got[name] = append(got[name], v+" "+what)
+					}
+				}
+			}
+		}
+	}
+	for _, c := range r.clusters {
+		add("cluster "+c.Name, c.Rules)
+	}
+	for _, role := range r.roles {
+		add(role.Name, role.Rules)
+	}
+	want := map[string]string{
+		"cluster signet-control": `
+			create events
+			create tokenreviews.authentication.k8s.io
+			get allowpolicies.signet.dev
+			get endpointslices.discovery.k8s.io
+			get meshconfigs.signet.dev
+			get namespaces
+			get pods
+			get quarantines.signet.dev
+			get services
+			list allowpolicies.signet.dev
+			list endpointslices.discovery.k8s.io
+			list meshconfigs.signet.dev
+			list namespaces
+			list pods
+			list quarantines.signet.dev
+			list services
+			patch allowpolicies/status.signet.dev
+			patch meshconfigs/status.signet.dev
+			patch namespaces
+			patch quarantines/status.signet.dev
+			watch allowpolicies.signet.dev
+			watch endpointslices.discovery.k8s.io
+			watch meshconfigs.signet.dev
+			watch namespaces
+			watch pods
+			watch quarantines.signet.dev
+			watch services`,
+		"signet-control": `
+			create configmaps
+			create leases.coordination.k8s.io
+			create secrets
+			get configmaps signet-bundle
+			get configmaps signet-joins
+			get leases.coordination.k8s.io signet-control
+			get secrets signet-ca
+			patch configmaps signet-bundle
+			update configmaps signet-joins
+			update leases.coordination.k8s.io signet-control`,
+		"signet-agent": `
+			get configmaps signet-bundle
+			get daemonsets.apps signet-agent`,
+	}
+	for name, text := range want {
+		slices.Sort(got[name])
+		if rights := "\n\t\t\t" + strings.Join(got[name], "\n\t\t\t"); rights != text {
+			t.Errorf("%s may:%s\nwant:%s", name, rights, text)
+		}
+		delete(got, name)
+	}
+	for name := range got {
+		switch name {
+		case "cluster signet-view", "cluster signet-edit", "cluster signet-admin":
+		default:
+			t.Errorf("%s is not known", name)
+		}
+	}
+	for _, a := range r.accounts {
+		if a.AutomountServiceAccountToken == nil || *a.AutomountServiceAccountToken {
+			t.Errorf("every pod of account %s gets its token", a.Name)
+		}
+	}
+}
+
+// Holds what docs/kubernetes.md says of names, ports, tokens and upgrades,
+// which other programs rely on.
+func TestWhatOthersRelyOn(t *testing.T) {
+	r := render(t, "proxy.drainSeconds=120")
+	if s := r.services; len(s) != 1 || s[0].Name != "signet-control" || len(s[0].Spec.Ports) != 1 || s[0].Spec.Ports[0].Port != 9443 {
+		t.Errorf("services: %+v", s)
+	}
+	if c := r.configs; len(c) != 1 || c[0].Name != "mesh" || c[0].Spec.TrustDomain != "mesh.example" {
+		t.Errorf("mesh: %+v", c)
+	}
+	for _, d := range r.daemons {
+		pod := d.Spec.Template.Spec
+		u := d.Spec.UpdateStrategy.RollingUpdate
+		if !slices.ContainsFunc(pod.Tolerations, func(x corev1.Toleration) bool { return x.Operator == "Exists" && x.Key == "" && x.Effect == "" }) {
+			t.Errorf("%s is missing on nodes with taints", d.Name)
+		}
+		if pod.PriorityClassName != "system-node-critical" {
+			t.Errorf("%s: priority class %q", d.Name, pod.PriorityClassName)
+		}
+		var run *corev1.VolumeMount
+		for _, m := range pod.Containers[0].VolumeMounts {
+			if m.MountPath == "/run/signet" {
+				run = &m
+			}
+		}
+		switch d.Name {
+		case "signet-agent":
+			if u.MaxUnavailable.IntValue() != 1 || u.MaxSurge.IntValue() != 0 {
+				t.Errorf("two agents would be on a node: %+v", u)
+			}
+			if *run.MountPropagation != corev1.MountPropagationBidirectional {
+				t.Error("what the agent pins does not outlive it")
+			}
+			if token := projected(pod); token == nil || token.Audience != "signet-control" || *token.ExpirationSeconds != 600 || token.Path != "token" {
+				t.Errorf("token to join with: %+v", token)
+			}
+		case "signet-proxy":
+			if u.MaxUnavailable.IntValue() != 0 || u.MaxSurge.IntValue() != 1 {
+				t.Errorf("a node is without a proxy while it is replaced: %+v", u)
+			}
+			if *pod.TerminationGracePeriodSeconds <= 120 {
+				t.Errorf("a proxy is killed after %d s while it may drain for 120", *pod.TerminationGracePeriodSeconds)
+			}
+			if *run.MountPropagation != corev1.MountPropagationHostToContainer {
+				t.Error("the proxy does not see namespaces that are pinned after it started")
+			}
+			if pod.Containers[0].ReadinessProbe == nil {
+				t.Error("the old proxy would be ended before the new one serves")
+			}
+			for _, p := range pod.Containers[0].Ports {
+				t.Errorf("port %d of the node keeps a second proxy off it", p.ContainerPort)
+			}
+		default:
+			t.Errorf("DaemonSet %s is not known", d.Name)
+		}
+	}
+	if len(r.budgets) > 0 || len(r.networks) > 0 || len(r.namespaces) > 0 {
+		t.Error("something is made that was not asked for")
+	}
+	full := render(t, variants["full"]...)
+	if len(full.budgets) != 1 || len(full.networks) != 1 || len(full.namespaces) != 1 {
+		t.Error("something is missing that was asked for")
+	}
+	if level := full.namespaces[0].Labels["pod-security.kubernetes.io/enforce"]; level != "privileged" {
+		t.Errorf("the namespace's level is %q, which keeps the agent out", level)
+	}
+}
+
+func projected(pod corev1.PodSpec) *corev1.ServiceAccountTokenProjection {
+	for _, v := range pod.Volumes {
+		if v.Projected != nil {
+			return v.Projected.Sources[0].ServiceAccountToken
+		}
+	}
+	return nil
+}
+
+// Defends users from values that would break only once they run: each is
+// refused with words that name it.
+func TestSchemaRefuses(t *testing.T) {
+	for _, c := range []struct{ set, names string }{
+		{"trustDomain=", "trustDomain"},
+		{"trustDomain=spiffe://mesh.example", "trustDomain"},
+		{"trustDomain=Mesh.Example", "trustDomain"},
+		{"mesh.svidTTL=1 hour", "svidTTL"},
+		{"mesh.unknownDestinations=allow", "unknownDestinations"},
+		{"image.tag=latest", "tag"},
+		{"image.registry=", "registry"},
+		{"image.pullPolicy=Sometimes", "pullPolicy"},
+		{"control.replicas=0", "replicas"},
+		{"control.digest=sha256:abc", "digest"},
+		{"cni.binDir=opt/cni/bin", "binDir"},
+		{"cni.confDir=/etc/../root", "confDir"},
+		{"proxy.drainSeconds=-1", "drainSeconds"},
+		{"proxy.drainSeconds=1h", "drainSeconds"},
+		{"agent.resources.limits.memory=null", "memory"},
+		{"agent.privileged=false", "privileged"},
+		{"trustdomain=mesh.example", "trustdomain"},
+	} {
+		_, errs, err := helm(t.Context(), t, "template", "signet", "chart/signet", "--set", "trustDomain=mesh.example", "--set", c.set)
+		if err == nil || !strings.Contains(errs, c.names) || !strings.Contains(errs, "schema") {
+			t.Errorf("--set %s: %v %s", c.set, err, errs)
+		}
+	}
+}
+
+// Defends those who install without Helm: plain manifests and copies of the
+// definitions are what their sources say.
+func TestManifestsAreCurrent(t *testing.T) {
+	definitions, err := filepath.Glob("crds/*.yaml")
+	if err != nil || len(definitions) != 3 {
+		t.Fatal(definitions, err)
+	}
+	for _, name := range definitions {
+		copied := filepath.Join("chart/signet/crds", filepath.Base(name))
+		if err := same(name, copied); err != nil {
+			t.Errorf("%v; run make manifests", err)
+		}
+	}
+	out, errs, err := helm(t.Context(), t, "template", "signet", "chart/signet", "--namespace", "signet-system", "--set", "trustDomain=cluster.local", "--set", "namespace.create=true")
+	if err != nil {
+		t.Fatal(errs, err)
+	}
+	have, err := os.ReadFile("manifests/signet.yaml")
+	if err != nil || !strings.HasSuffix(string(have), out) {
+		t.Errorf("manifests/signet.yaml is not what the chart says (%v); run make manifests", err)
+	}
+	if _, errs, err := helm(t.Context(), t, "lint", "--strict", "--set", "trustDomain=mesh.example", "chart/signet"); err != nil {
+		t.Errorf("helm lint: %v %s", err, errs)
+	}
+}
+
+func same(a, b string) error {
+	one, err := os.ReadFile(a)
+	if err != nil {
+		return err
+	}
+	other, err := os.ReadFile(b)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(one, other) {
+		return fmt.Errorf("%s is not what %s says", b, a)
+	}
+	return nil
+}
