@@ -25,7 +25,11 @@ import (
 func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	if err := run(signals, os.Args[1:]); err != nil {
+	start := func() error { return run(signals, os.Args[1:]) }
+	if len(os.Args) > 1 && os.Args[1] == "ready" {
+		start = func() error { return ready(os.Args[2:]) }
+	}
+	if err := start(); err != nil {
 		fmt.Fprintln(os.Stderr, "signet-proxy:", err)
 		os.Exit(1)
 	}
@@ -97,6 +101,21 @@ func run(signals <-chan os.Signal, args []string) error {
 			drain()
 		}
 	}
+}
+
+// ready fails while the node's newest proxy does not serve; for kubelet.
+func ready(args []string) error {
+	f := flag.NewFlagSet("signet-proxy ready", flag.ContinueOnError)
+	runDir := f.String("run-dir", "/run/signet", "holds the sockets")
+	if err := f.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil
+		}
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
+	defer cancel()
+	return proxy.Ready(ctx, *runDir)
 }
 
 // raiseFileLimit lets Envoy, which needs a few descriptors for each connection,
