@@ -97,6 +97,10 @@ type agent struct {
 	ready     atomic.Bool   // a state has been taken
 	poke      chan struct{} // the state changed
 
+	// giving is held while the proxy's configuration is built from a state and
+	// handed on, so that an older one never follows a newer.
+	giving sync.Mutex
+
 	mu       sync.Mutex
 	state    *nodeState // guarded by mu; replaced whole
 	reported reported   // guarded by mu; what the control plane was told last

@@ -135,6 +135,8 @@ func (a *agent) look(s *nodeState) {
 // place puts the newest state where its pods are, and gives the proxy what
 // follows from that. It returns nil while there is no state.
 func (a *agent) place(ctx context.Context) *nodeState {
+	a.giving.Lock()
+	defer a.giving.Unlock()
 	a.mu.Lock()
 	s := a.state
 	a.mu.Unlock()
@@ -157,13 +159,18 @@ func (a *agent) place(ctx context.Context) *nodeState {
 			a.live.update(s)
 		}
 	}
+	a.give(s)
+	return s
+}
+
+// give builds what follows from a state for the proxy. giving is held.
+func (a *agent) give(s *nodeState) {
 	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog()})
 	if err != nil {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
-		return s
+		return
 	}
 	a.relay.SetLocal(set)
-	return s
 }
 
 func (a *agent) accessLog() string {

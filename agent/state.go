@@ -196,9 +196,15 @@ func (a *agent) take(m *nodev1.NodeState) error {
 	if a.pods != nil {
 		s.workloads = a.pods.place(context.Background(), s.workloads)
 	}
+	// The proxy is given what follows from the state before anybody can see the
+	// state, or its revision would be called in force while the proxy still has
+	// the policies of the one before.
+	a.giving.Lock()
+	a.give(s)
 	a.mu.Lock()
 	a.state = s
 	a.mu.Unlock()
+	a.giving.Unlock()
 	a.live.update(s)
 	a.attestor.SetWorkloads(s.workloads) // first: who lost an identity hears so, and not of a certificate
 	a.svids.Update(svidState(s))
