@@ -115,7 +115,7 @@ func savedRules(s settings) chain {
 	text := strings.Join(lines, ";")
 	out := chain{Name: savedChain}
 	for part := range slices.Chunk([]byte(text), savedChunk) {
-		out.Rules = append(out.Rules, rule{Comment: string(part), Exprs: done()})
+		out.Rules = append(out.Rules, rule{Comment: string(part), Exprs: nft.Done()})
 	}
 	return out
 }

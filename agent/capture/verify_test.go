@@ -101,10 +101,10 @@ func TestVerify(t *testing.T) {
 		}
 		steps = append(steps,
 			step{ch.Name + ": accepting rule in front", func(c *nftables.Conn, _ []nft.RawRule) {
-				c.InsertRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Exprs: done()})
+				c.InsertRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Exprs: nft.Done()})
 			}},
 			step{ch.Name + ": rule added", func(c *nftables.Conn, _ []nft.RawRule) {
-				c.AddRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Exprs: done()})
+				c.AddRule(&nftables.Rule{Table: table, Chain: at(ch.Name), Exprs: nft.Done()})
 			}},
 			step{ch.Name + ": policy drop", func(c *nftables.Conn, _ []nft.RawRule) {
 				if ch.Kind == nftables.ChainTypeNAT {
@@ -126,11 +126,11 @@ func TestVerify(t *testing.T) {
 		step{"table removed", func(c *nftables.Conn, _ []nft.RawRule) { c.DelTable(table) }},
 		step{"saved settings removed", func(c *nftables.Conn, _ []nft.RawRule) { c.FlushChain(at(savedChain)) }},
 		step{"saved settings altered", func(c *nftables.Conn, _ []nft.RawRule) {
-			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: done(), UserData: nft.Comment(";x=1")})
+			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: nft.Done(), UserData: nft.Comment(";x=1")})
 		}},
 		step{"saved settings malformed", func(c *nftables.Conn, _ []nft.RawRule) {
 			c.FlushChain(at(savedChain))
-			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: done(), UserData: []byte{byte(userdata.TypeComment), 200, 'x'}})
+			c.AddRule(&nftables.Rule{Table: table, Chain: at(savedChain), Exprs: nft.Done(), UserData: []byte{byte(userdata.TypeComment), 200, 'x'}})
 		}},
 	)
 	for _, s := range steps {

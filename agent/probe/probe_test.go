@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/agent/capture/nft"
 )
 
 var source = capture.ProbeSource.String()
@@ -152,7 +153,7 @@ func TestBesideKubeProxy(t *testing.T) {
 	})
 	out := c.AddChain(&nftables.Chain{Name: "out", Table: kube, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest})
 	c.AddRule(&nftables.Rule{Table: kube, Chain: out, Exprs: []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: destinationAt, Len: 4},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt, Len: 4},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{10, 96, 0, 1}},
 		&expr.Immediate{Register: 1, Data: podA.AsSlice()},
 		&expr.NAT{Type: expr.NATTypeDestNAT, Family: 2, RegAddrMin: 1},
@@ -334,7 +335,7 @@ func TestVerify(t *testing.T) {
 			steps = append(steps, step{chain + " flushed", func(c *nftables.Conn) {
 				c.FlushChain(&nftables.Chain{Name: chain, Table: x.t})
 			}}, step{chain + " passed by", func(c *nftables.Conn) {
-				c.InsertRule(&nftables.Rule{Table: x.t, Chain: &nftables.Chain{Name: chain, Table: x.t}, Exprs: done()})
+				c.InsertRule(&nftables.Rule{Table: x.t, Chain: &nftables.Chain{Name: chain, Table: x.t}, Exprs: nft.Done()})
 			}})
 		}
 	}

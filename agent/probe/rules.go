@@ -2,6 +2,7 @@ package probe
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -48,20 +49,20 @@ func ruleset(w *who) []nft.Chain {
 	before := func(p *nftables.ChainPriority) *nftables.ChainPriority { return nftables.ChainPriorityRef(*p - 1) }
 	return []nft.Chain{
 		{Name: "claimed", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw, Rules: []nft.Rule{
-			{Comment: "nobody else has this source", Exprs: exprs(ipv4(), fromProbe(), drop())},
+			{Comment: "nobody else has this source", Exprs: slices.Concat(nft.IPv4(), fromProbe(), nft.Drop())},
 		}},
 		{Name: "answers", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle, Rules: []nft.Rule{
-			{Comment: "answers to the kubelet", Exprs: exprs(ipv4(), toProbe(), reply(), labelled(), done())},
-			{Comment: "answers to a forged source", Exprs: exprs(ipv4(), toProbe(), tcp(), reset())},
-			{Comment: "nothing else", Exprs: exprs(ipv4(), toProbe(), drop())},
+			{Comment: "answers to the kubelet", Exprs: slices.Concat(nft.IPv4(), toProbe(), nft.Direction(nft.Reply), labelled(), nft.Done())},
+			{Comment: "answers to a forged source", Exprs: slices.Concat(nft.IPv4(), toProbe(), nft.TCP(), nft.Reset())},
+			{Comment: "nothing else", Exprs: slices.Concat(nft.IPv4(), toProbe(), nft.Drop())},
 		}},
 		{Name: "kubelet", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityMangle, Rules: append([]nft.Rule{
-			{Comment: "resets of forged connections", Exprs: exprs(ipv4(), fromProbe(), tcp(), resets(), done())},
-			{Comment: "nobody else has this source", Exprs: exprs(ipv4(), fromProbe(), drop())},
+			{Comment: "resets of forged connections", Exprs: slices.Concat(nft.IPv4(), fromProbe(), nft.TCP(), nft.Resets(), nft.Done())},
+			{Comment: "nobody else has this source", Exprs: slices.Concat(nft.IPv4(), fromProbe(), nft.Drop())},
 		}, w.rules()...)},
 		// Before kube-proxy and the CNI plugins change the source.
 		{Name: "source", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPostrouting, Priority: before(nftables.ChainPriorityNATSource), Rules: []nft.Rule{
-			{Comment: "the kubelet's connections", Exprs: exprs(ipv4(), tcp(), labelled(), snat())},
+			{Comment: "the kubelet's connections", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), labelled(), snat())},
 		}},
 	}
 }
@@ -72,7 +73,7 @@ func bridgeRuleset() []nft.Chain {
 	raw := nftables.ChainPriorityRaw
 	return []nft.Chain{
 		{Name: "claimed", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPrerouting, Priority: raw, Rules: []nft.Rule{
-			{Comment: "nobody else has this source", Exprs: exprs(meta(expr.MetaKeyPROTOCOL, []byte{0x08, 0x00}), fromProbe(), drop())},
+			{Comment: "nobody else has this source", Exprs: slices.Concat(nft.Meta(expr.MetaKeyPROTOCOL, expr.CmpOpEq, []byte{0x08, 0x00}), fromProbe(), nft.Drop())},
 		}},
 	}
 }
@@ -80,58 +81,24 @@ func bridgeRuleset() []nft.Chain {
 // rules label the kubelet's connections.
 func (w *who) rules() []nft.Rule {
 	if w.kind == Root {
-		return []nft.Rule{{Comment: rootComment, Exprs: exprs(ipv4(), tcp(), probed(), meta(expr.MetaKeySKUID, native(0)), setLabel())}}
+		return []nft.Rule{{Comment: rootComment, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), probed(), nft.Meta(expr.MetaKeySKUID, expr.CmpOpEq, nft.Native(0)), setLabel())}}
 	}
 	return []nft.Rule{
 		// A socket in the kubelet's cgroup itself has no ancestor at the next
 		// level, and then the expression does not match.
-		{Comment: "below the kubelet's cgroup", Exprs: exprs(ipv4(), tcp(), probed(), cgroup(w.level+1, expr.CmpOpNeq, 0), done())},
-		{Comment: "probes by the kubelet", Exprs: exprs(ipv4(), tcp(), probed(), cgroup(w.level, expr.CmpOpEq, w.id), setLabel())},
+		{Comment: "below the kubelet's cgroup", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), probed(), cgroup(w.level+1, expr.CmpOpNeq, 0), nft.Done())},
+		{Comment: "probes by the kubelet", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), probed(), cgroup(w.level, expr.CmpOpEq, w.id), setLabel())},
 	}
 }
 
-func exprs(parts ...[]expr.Any) []expr.Any {
-	var out []expr.Any
-	for _, p := range parts {
-		out = append(out, p...)
-	}
-	return out
-}
+func fromProbe() []expr.Any { return nft.Address(nft.SourceAt, capture.ProbeSource) }
 
-func meta(key expr.MetaKey, value []byte) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value},
-	}
-}
-
-func native(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
-
-func ipv4() []expr.Any { return meta(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV4}) }
-
-func tcp() []expr.Any { return meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}) }
-
-// Where the addresses are in an IPv4 header.
-const (
-	sourceAt      = 12
-	destinationAt = 16
-)
-
-func address(at uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: capture.ProbeSource.AsSlice()},
-	}
-}
-
-func fromProbe() []expr.Any { return address(sourceAt) }
-
-func toProbe() []expr.Any { return address(destinationAt) }
+func toProbe() []expr.Any { return nft.Address(nft.DestinationAt, capture.ProbeSource) }
 
 // probed matches connections to a member of the set.
 func probed() []expr.Any {
 	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: destinationAt, Len: 4},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt, Len: 4},
 		&expr.Payload{DestRegister: register9, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		&expr.Lookup{SourceRegister: 1, SetName: setName},
 	}
@@ -143,24 +110,6 @@ func cgroup(level uint32, op expr.CmpOp, id uint64) []expr.Any {
 	return []expr.Any{
 		&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: level, Register: 1},
 		&expr.Cmp{Op: op, Register: 1, Data: binary.NativeEndian.AppendUint64(nil, id)},
-	}
-}
-
-// resets matches TCP resets.
-func resets() []expr.Any {
-	const flagsAt, rst = 13, 0x04
-	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flagsAt, Len: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{rst}, Xor: []byte{0}},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{0}},
-	}
-}
-
-// reply matches packets against the direction of their connection's first one.
-func reply() []expr.Any {
-	return []expr.Any{
-		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{1}},
 	}
 }
 
@@ -187,9 +136,3 @@ func snat() []expr.Any {
 		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1},
 	}
 }
-
-func drop() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
-
-func done() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}} }
-
-func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
