@@ -12,6 +12,7 @@ import (
 
 	v1 "github.com/signet-mesh/signet/api/cni/v1"
 	"github.com/signet-mesh/signet/internal/cniconf"
+	"github.com/signet-mesh/signet/internal/incluster"
 )
 
 // settle is how long a runtime is given to notice that the entry is gone
@@ -74,19 +75,21 @@ func install(ctx context.Context, cfg cniconf.Config, watch bool, owner string) 
 		_, err := i.Install()
 		return err
 	}
-	var set *daemonSet
+	var set *incluster.DaemonSet
 	if owner != "" {
 		namespace, name, ok := strings.Cut(owner, "/")
 		if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
 			return fmt.Errorf("--daemonset %q: want NAMESPACE/NAME", owner)
 		}
-		if set, err = inCluster(namespace, name); err != nil {
-			return err
+		api, err := incluster.Connect()
+		if err != nil {
+			return fmt.Errorf("--daemonset: %w", err)
 		}
+		set = api.DaemonSet(namespace, name)
 		// In the background: the entry must be in place whatever the API
 		// server does.
 		seen := make(chan struct{})
-		go func() { defer close(seen); set.remember(ctx, cfg.Log) }()
+		go func() { defer close(seen); set.Remember(ctx, cfg.Log) }()
 		defer func() { <-seen }()
 	}
 	if err := i.Watch(ctx, nil); err != nil || set == nil {
@@ -96,7 +99,7 @@ func install(ctx context.Context, cfg cniconf.Config, watch bool, owner string) 
 	// the 30 seconds that kubelet gives.
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	if why, gone := set.gone(end, cfg.Log); gone {
+	if why, gone := set.Gone(end, cfg.Log); gone {
 		cfg.Log.InfoContext(end, "the release is being deleted; removing signet-cni", "why", why)
 		return i.Remove(settle)
 	}

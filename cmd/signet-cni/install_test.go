@@ -1,11 +1,9 @@
 package main
 
 import (
-	"context"
 	"encoding/pem"
 	"errors"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -23,6 +21,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 
 	"github.com/signet-mesh/signet/internal/cniconf"
+	"github.com/signet-mesh/signet/internal/incluster"
 )
 
 // api is an API server that knows one DaemonSet.
@@ -173,53 +172,6 @@ func TestKilled(t *testing.T) {
 
 const here = `{"metadata":{"uid":"u1"}}`
 
-// Defends: the release counts as deleted only when that is certain.
-func TestGone(t *testing.T) {
-	for _, tc := range []struct {
-		name        string
-		first, then int
-		body        string
-		gone        bool
-	}{
-		{"restart", 200, 200, here, false},
-		{"deleted", 200, 404, "", true},
-		{"deleted before it was seen", 500, 404, "", true},
-		{"being deleted", 200, 200, `{"metadata":{"uid":"u1","deletionTimestamp":"2026-01-01T00:00:00Z"}}`, true},
-		{"another one", 200, 200, `{"metadata":{"uid":"u2"}}`, true},
-		{"its right was deleted", 200, 403, "", true},
-		{"it never had the right", 403, 403, "", false},
-		{"its token is no longer good", 200, 401, "", false},
-		{"server in trouble", 200, 500, "", false},
-		{"no object", 200, 200, `{}`, false},
-		{"no JSON", 200, 200, `<html>`, false},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			a := &api{status: tc.first, body: here}
-			srv := httptest.NewTLSServer(a)
-			defer srv.Close()
-			token := filepath.Join(t.TempDir(), "token")
-			if err := os.WriteFile(token, []byte("secret\n"), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			log := slog.New(slog.NewTextHandler(t.Output(), nil))
-			d, err := newDaemonSet(srv.URL, token, certificate(srv), "signet-system", "signet-agent")
-			if err != nil {
-				t.Fatal(err)
-			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			d.remember(ctx, log)
-			a.set(tc.then, tc.body)
-			ctx, cancel = context.WithTimeout(t.Context(), 3*time.Second)
-			defer cancel()
-			if why, gone := d.gone(ctx, log); gone != tc.gone || (why != "") != gone {
-				t.Errorf("%v %q; want %v", gone, why, tc.gone)
-			}
-		})
-	}
-}
-
 func certificate(srv *httptest.Server) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
 }
@@ -244,7 +196,7 @@ func TestStopped(t *testing.T) {
 			srv := httptest.NewTLSServer(a)
 			defer srv.Close()
 			m.api = srv.URL
-			if err := errors.Join(os.MkdirAll(serviceAccount, 0o755), os.WriteFile(serviceAccount+"/ca.crt", certificate(srv), 0o600), os.WriteFile(serviceAccount+"/token", []byte("secret"), 0o600)); err != nil {
+			if err := errors.Join(os.MkdirAll(incluster.Credentials, 0o755), os.WriteFile(incluster.Credentials+"/ca.crt", certificate(srv), 0o600), os.WriteFile(incluster.Credentials+"/token", []byte("secret"), 0o600)); err != nil {
 				t.Fatal(err)
 			}
 			args := []string{"install", "--watch"}

@@ -55,7 +55,7 @@ func (d *DaemonSet) Remember(ctx context.Context, log *slog.Logger) {
 			return
 		}
 		if first && ctx.Err() == nil {
-			log.WarnContext(ctx, "cannot see the own DaemonSet; while that is so, signet-cni stays on this node when the release is deleted", "path", d.path, "status", status, "error", err)
+			log.WarnContext(ctx, "cannot see the own DaemonSet; while that is so, what this program put on the node stays there when the release is deleted", "path", d.path, "status", status, "error", err)
 		}
 		select {
 		case <-ctx.Done():

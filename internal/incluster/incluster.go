@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -27,8 +28,8 @@ type Client struct {
 	client *http.Client
 }
 
-// serviceAccount is where kubelet puts a pod's credentials.
-const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
+// Credentials is the directory where kubelet puts a pod's credentials.
+const Credentials = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 // Connect finds the API server as every pod does. It makes no request.
 func Connect() (*Client, error) {
@@ -36,11 +37,11 @@ func Connect() (*Client, error) {
 	if host == "" || port == "" {
 		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set; this works in a pod only")
 	}
-	pem, err := os.ReadFile(filepath.Join(serviceAccount, "ca.crt"))
+	pem, err := os.ReadFile(filepath.Join(Credentials, "ca.crt"))
 	if err != nil {
 		return nil, err
 	}
-	return New("https://"+net.JoinHostPort(host, port), filepath.Join(serviceAccount, "token"), pem)
+	return New("https://"+net.JoinHostPort(host, port), filepath.Join(Credentials, "token"), pem)
 }
 
 // New returns a Client of a server, with a file that holds a token and the
@@ -72,7 +73,7 @@ func (c *Client) get(ctx context.Context, path string, object any) (int, error) 
 	if err != nil {
 		return 0, err
 	}
-	req.Header.Set("Authorization", "Bearer "+string(token))
+	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
 	resp, err := c.client.Do(req)
 	if err != nil {
 		return 0, err
