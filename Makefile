@@ -70,8 +70,8 @@ test: root deps-debian tools kube-tools build ## Run every test, with the race d
 	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) ./...
 
 .PHONY: test-short
-test-short: root tools ## Run the tests that take seconds, without the race detector
-	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -short -timeout=10m $(TESTFLAGS) ./...
+test-short: root tools kube-tools ## Run the tests that take seconds, without the race detector
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -short -timeout=10m $(TESTFLAGS) ./...
 
 .PHONY: test-long
 test-long: root deps-debian tools kube-tools build ## Run every test at its full length

@@ -9,6 +9,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
+
+	"github.com/signet-mesh/signet/test/kubeapiserver"
 )
 
 func namespace(name, annotations string) string {
@@ -34,11 +36,11 @@ func annotate(t *testing.T, c dynamic.ResourceInterface, name, key, value string
 
 // testAdmission: an annotation that would be misread is refused, and nobody
 // takes a pod out of the mesh, or says that one is in it, who may not.
-func testAdmission(t *testing.T, server *apiServer) {
-	admin := server.as(t, clusterAdmin)
+func testAdmission(t *testing.T, server *kubeapiserver.Server) {
+	admin := as(t, server, kubeapiserver.Admin)
 	create(t, admin, controlPlaneRole)
 	for _, bad := range []string{namespace("x", "signet.dev/mesh: yonder"), pod("shop", "x", "signet.dev/mesh: yonder")} {
-		eventually(t, 30*time.Second, func() error { // policies come into force a moment after they are written
+		kubeapiserver.Eventually(t, 30*time.Second, func() error { // policies come into force a moment after they are written
 			if err := try(t, admin, parse(t, bad)[0]); err == nil || !strings.Contains(err.Error(), "ValidatingAdmissionPolicy") {
 				return fmt.Errorf("no admission policy is in force: %v", err)
 			}
@@ -70,7 +72,7 @@ func testAdmission(t *testing.T, server *apiServer) {
 		check(t, test.document, try(t, admin, parse(t, test.document)[0]), test.message)
 	}
 
-	namespaces, control := admin.Resource(resources["Namespace"]), server.as(t, controlPlane).Resource(resources["Namespace"])
+	namespaces, control := admin.Resource(resources["Namespace"]), as(t, server, controlPlane).Resource(resources["Namespace"])
 	create(t, admin, pod("shop", "running", ""))
 	pods := admin.Resource(resources["Pod"]).Namespace("shop")
 	binding := parse(t, `apiVersion: v1
@@ -115,8 +117,8 @@ subjects: [{kind: ServiceAccount, name: signet-control, namespace: signet-system
 
 // testRoles: who may edit a namespace may write its policies and nothing else
 // of the mesh.
-func testRoles(t *testing.T, server *apiServer) {
-	admin, dana := server.as(t, clusterAdmin), server.as(t, developer)
+func testRoles(t *testing.T, server *kubeapiserver.Server) {
+	admin, dana := as(t, server, kubeapiserver.Admin), as(t, server, developer)
 	create(t, admin, namespace("other", ""))
 	bind := func(role string) {
 		create(t, admin, fmt.Sprintf(`apiVersion: rbac.authorization.k8s.io/v1
@@ -139,12 +141,12 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: %s}]
 		t.Errorf("a stranger reads policies: %v", err)
 	}
 	bind("signet-view")
-	eventually(t, 10*time.Second, list)
+	kubeapiserver.Eventually(t, 10*time.Second, list)
 	if err := try(t, dana, mine); !forbidden(err) {
 		t.Errorf("a reader writes policies: %v", err)
 	}
 	bind("signet-edit")
-	eventually(t, 10*time.Second, func() error { return try(t, dana, mine) })
+	kubeapiserver.Eventually(t, 10*time.Second, func() error { return try(t, dana, mine) })
 	for what, err := range map[string]error{
 		"a policy of another namespace": try(t, dana, theirs),
 		"a Quarantine":                  try(t, dana, parse(t, quarantine(`{reason: x, namespaces: [other]}`))[0]),

@@ -19,6 +19,7 @@ import (
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
 	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/test/kubeapiserver"
 )
 
 // resources has the resource of each kind that the tests write.
@@ -94,14 +95,27 @@ func chartFile(t *testing.T, name string) string {
 	return text
 }
 
+// Users of the API server.
+const (
+	developer    = "dana"
+	controlPlane = "system:serviceaccount:signet-system:signet-control"
+)
+
+// as returns a client that is the given user.
+func as(t *testing.T, server *kubeapiserver.Server, user string) dynamic.Interface {
+	t.Helper()
+	client, err := dynamic.NewForConfig(server.Config(user))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
 // TestCluster checks what an API server makes of the CustomResourceDefinitions,
 // the admission policies and the roles, with a real one.
 func TestCluster(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts an API server")
-	}
-	server := startAPIServer(t)
-	admin := server.as(t, clusterAdmin)
+	server := kubeapiserver.Start(t, developer, controlPlane)
+	admin := as(t, server, kubeapiserver.Admin)
 	files, err := filepath.Glob("../../deploy/crds/*.yaml")
 	if err != nil || len(files) != 3 {
 		t.Fatalf("%v %v", files, err)
@@ -118,7 +132,7 @@ func TestCluster(t *testing.T) {
 	create(t, admin, chartFile(t, "admission.yaml"))
 	create(t, admin, namespace("shop", ""))
 	for _, kind := range []string{v1alpha1.KindAllowPolicy, v1alpha1.KindQuarantine, v1alpha1.KindMeshConfig} {
-		eventually(t, 30*time.Second, func() error {
+		kubeapiserver.Eventually(t, 30*time.Second, func() error {
 			_, err := admin.Resource(resources[kind]).List(t.Context(), metav1.ListOptions{})
 			return err
 		})

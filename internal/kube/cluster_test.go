@@ -30,6 +30,7 @@ import (
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/mesh"
+	"github.com/signet-mesh/signet/test/kubeapiserver"
 )
 
 const release = "signet-system"
@@ -153,11 +154,11 @@ func runWatcher(t *testing.T, c *Client) (*Watcher, *told) {
 // service and policies reach the view; what became of them is written back;
 // nodes join by the tokens that the server made, once.
 func TestOnAPIServer(t *testing.T) {
-	server := startAPIServer(t)
-	c := server.client(t)
+	server := kubeapiserver.Start(t)
+	c := connect(t, server.Config(kubeapiserver.Admin))
 	installCRDs(t, c)
 	createNamespace(t, c, ns(release))
-	as := server.controlPlane(t, c)
+	as := controlPlane(t, server, c)
 	t.Run("watch", func(t *testing.T) { testWatch(t, c, as) })
 	t.Run("join", func(t *testing.T) { testJoin(t, c, as) })
 	t.Run("root", func(t *testing.T) { testRoot(t, c, as) })
@@ -421,7 +422,7 @@ func testJoin(t *testing.T, c, as *Client) {
 		"empty":                     "",
 		"not a token":               "signet-join-xyz",
 		"too long":                  strings.Repeat("x", maxJoinToken) + fresh,
-		"token of an administrator": "token-" + clusterAdmin,
+		"token of an administrator": kubeapiserver.Token(kubeapiserver.Admin),
 	} {
 		if node, err := j.Redeem(ctx, token); !errors.Is(err, caserver.ErrToken) {
 			t.Errorf("%s: %q, %v; want ErrToken", name, node, err)

@@ -12,12 +12,13 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
+	"github.com/signet-mesh/signet/test/kubeapiserver"
 )
 
 // controlPlane returns a client that is the control plane's service account,
 // with the rights in testdata and no other: what the tests do with it works
 // with these.
-func (s *apiServer) controlPlane(t *testing.T, admin *Client) *Client {
+func controlPlane(t *testing.T, server *kubeapiserver.Server, admin *Client) *Client {
 	t.Helper()
 	data, err := os.ReadFile("testdata/rights.yaml")
 	if err != nil {
@@ -47,7 +48,9 @@ func (s *apiServer) controlPlane(t *testing.T, admin *Client) *Client {
 		RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: meta.Name}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	return s.clientFor(t, &rest.Config{Impersonate: rest.ImpersonationConfig{UserName: user.Name}})
+	config := server.Config(kubeapiserver.Admin)
+	config.Impersonate = rest.ImpersonationConfig{UserName: user.Name}
+	return connect(t, config)
 }
 
 // The control plane reads no Secret but its own, and changes no policy.

@@ -1,4 +1,6 @@
-package v1alpha1_test
+// Package kubeapiserver runs a real kube-apiserver with its etcd, on loopback and
+// without anything else of a cluster, for tests of what only it can answer.
+package kubeapiserver
 
 import (
 	"bytes"
@@ -21,35 +23,28 @@ import (
 	"testing"
 	"time"
 
-	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 )
 
-// Users of the API server.
-const (
-	clusterAdmin = "admin"
-	developer    = "dana"
-	controlPlane = "system:serviceaccount:signet-system:signet-control"
-)
+// Admin may do everything.
+const Admin = "admin"
 
-// apiServer is a kube-apiserver with its etcd, on loopback, and nothing else
-// of a cluster.
-type apiServer struct {
+// Server is a running API server.
+type Server struct {
 	host string
 	ca   []byte
 }
 
-// as returns a client that is the given user.
-func (s *apiServer) as(t *testing.T, user string) dynamic.Interface {
-	t.Helper()
-	client, err := dynamic.NewForConfig(&rest.Config{
-		Host: s.host, BearerToken: "token-" + user, QPS: -1,
+// Token is the bearer token of a user.
+func Token(user string) string { return "token-" + user }
+
+// Config returns how to reach the server as a user that Start was told of. The
+// caller owns it.
+func (s *Server) Config(user string) *rest.Config {
+	return &rest.Config{
+		Host: s.host, BearerToken: Token(user), QPS: -1,
 		TLSClientConfig: rest.TLSClientConfig{CAData: s.ca},
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
-	return client
 }
 
 // program finds a program of Kubernetes. A machine without it fails the test:
@@ -70,8 +65,9 @@ func program(t *testing.T, name string) string {
 	return path
 }
 
-// startAPIServer returns when the server is ready. It ends with the test.
-func startAPIServer(t *testing.T) *apiServer {
+// Start returns when the server is ready. Beside Admin it knows the given users,
+// who may do nothing until they are given a role. It ends with the test.
+func Start(t *testing.T, users ...string) *Server {
 	t.Helper()
 	etcd, server := program(t, "etcd"), program(t, "kube-apiserver")
 	dir := t.TempDir()
@@ -81,12 +77,12 @@ func startAPIServer(t *testing.T) *apiServer {
 	ca := writeKeys(t, at("server.crt"), at("server.key"))
 
 	var tokens strings.Builder
-	for _, user := range []string{clusterAdmin, developer, controlPlane} {
+	for _, user := range append([]string{Admin}, users...) {
 		group := ""
-		if user == clusterAdmin {
+		if user == Admin {
 			group = "system:masters"
 		}
-		fmt.Fprintf(&tokens, "token-%s,%s,%s,%q\n", user, user, user, group)
+		fmt.Fprintf(&tokens, "%s,%s,%s,%q\n", Token(user), user, user, group)
 	}
 	if err := os.WriteFile(at("tokens.csv"), []byte(tokens.String()), 0o600); err != nil {
 		t.Fatal(err)
@@ -104,14 +100,14 @@ func startAPIServer(t *testing.T) *apiServer {
 		// Nothing runs that would make the accounts that pods need.
 		"--disable-admission-plugins", "ServiceAccount")
 
-	s := &apiServer{host: fmt.Sprintf("https://127.0.0.1:%d", ports[2]), ca: ca}
-	client, err := rest.HTTPClientFor(&rest.Config{
-		Host: s.host, BearerToken: "token-" + clusterAdmin, TLSClientConfig: rest.TLSClientConfig{CAData: ca}, Timeout: 5 * time.Second,
-	})
+	s := &Server{host: fmt.Sprintf("https://127.0.0.1:%d", ports[2]), ca: ca}
+	config := s.Config(Admin)
+	config.Timeout = 5 * time.Second
+	client, err := rest.HTTPClientFor(config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, time.Minute, func() error {
+	Eventually(t, time.Minute, func() error {
 		r, err := client.Get(s.host + "/readyz")
 		if err != nil {
 			return fmt.Errorf("%w\n%s", err, log.tail())
@@ -125,8 +121,8 @@ func startAPIServer(t *testing.T) *apiServer {
 	return s
 }
 
-// eventually tries until try succeeds, and fails the test with its last error.
-func eventually(t *testing.T, limit time.Duration, try func() error) {
+// Eventually tries until try succeeds, and fails the test with its last error.
+func Eventually(t *testing.T, limit time.Duration, try func() error) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
 	for {
