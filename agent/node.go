@@ -26,6 +26,7 @@ import (
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca/caserver"
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // nodeIdentity is the agent's own certificate: joined once with a token, then
@@ -211,7 +212,7 @@ func (n *nodeIdentity) obtain(ctx context.Context, ask func(context.Context, []b
 		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c})...)
 	}
 	text = append(text, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})...)
-	if err := writeFile(n.file(), text); err != nil {
+	if err := wholefile.Write(n.file(), text); err != nil {
 		return err
 	}
 	if err := n.setBundle(svid.GetBundle()); err != nil {
@@ -240,7 +241,7 @@ func (n *nodeIdentity) setBundle(ders [][]byte) error {
 		return nil
 	}
 	n.bundle.SetX509Authorities(roots)
-	return writeFile(n.bundleFile(), text)
+	return wholefile.Write(n.bundleFile(), text)
 }
 
 // status describes the node's certificate.
@@ -261,18 +262,4 @@ func (n *nodeIdentity) status() (adminv1.Certificate, bool) {
 		c.ID = leaf.URIs[0].String()
 	}
 	return c, true
-}
-
-// writeFile replaces a file, whole or not at all, readable by its owner only.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }

@@ -17,6 +17,7 @@ import (
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // nodeState is the control plane's view of this node, parsed. Immutable.
@@ -254,7 +255,7 @@ func (a *agent) watchOnce(ctx context.Context, client nodev1.NodeClient) error {
 		}
 		b, err := proto.Marshal(m)
 		if err == nil {
-			err = writeFile(a.stateFile(), b)
+			err = wholefile.Write(a.stateFile(), b)
 		}
 		if err != nil {
 			a.log.Error("keeping the state for a restart", "error", err)

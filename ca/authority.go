@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // Defaults of Options.
@@ -288,10 +290,10 @@ func (a *Authority) PublishRoots(further []*x509.Certificate) error {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("ca: publish roots: %w", err)
 		}
-		if err := syncDir(a.dir); err != nil {
+		if err := wholefile.SyncDir(a.dir); err != nil {
 			return fmt.Errorf("ca: publish roots: %w", err)
 		}
-	} else if err := writeFile(path, encodeCerts(set...)); err != nil {
+	} else if err := wholefile.Write(path, encodeCerts(set...)); err != nil {
 		return fmt.Errorf("ca: publish roots: %w", err)
 	}
 	a.further = set

@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // Names in the authority's directory. A pair is <name>.crt and <name>.key.
@@ -60,59 +62,25 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// writeFile replaces path atomically: after a crash it holds the old content
-// or the new, never a mixture.
-func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	if _, err := f.Write(data); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
-
 // writePair replaces a certificate and its key as one: both are written to a
 // staging directory whose rename commits them, and finishPair moves them into
 // place, now or after a crash.
 func writePair(dir, name string, crt, key []byte) error {
-	tmp, err := os.MkdirTemp(dir, ".tmp-*") // mode 0700
+	tmp, err := os.MkdirTemp(dir, wholefile.TempPattern) // mode 0700
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	if err := writeFile(filepath.Join(tmp, name+".key"), key); err != nil {
+	if err := wholefile.Write(filepath.Join(tmp, name+".key"), key); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(tmp, name+".crt"), crt); err != nil {
+	if err := wholefile.Write(filepath.Join(tmp, name+".crt"), crt); err != nil {
 		return err
 	}
 	if err := os.Rename(tmp, stagingDir(dir, name)); err != nil {
 		return err
 	}
-	if err := syncDir(dir); err != nil {
+	if err := wholefile.SyncDir(dir); err != nil {
 		return err
 	}
 	return finishPair(dir, name)
@@ -133,7 +101,7 @@ func finishPair(dir, name string) error {
 			return err
 		}
 	}
-	if err := syncDir(dir); err != nil {
+	if err := wholefile.SyncDir(dir); err != nil {
 		return err
 	}
 	return os.RemoveAll(staging)
@@ -142,7 +110,7 @@ func finishPair(dir, name string) error {
 // removeLeftovers removes temporary files of writes that a crash cut short;
 // they may hold keys that were never used.
 func removeLeftovers(dir string) error {
-	paths, err := filepath.Glob(filepath.Join(dir, ".tmp-*"))
+	paths, err := filepath.Glob(filepath.Join(dir, wholefile.TempPattern))
 	if err != nil {
 		return err
 	}

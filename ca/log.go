@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // Outcome is what became of an intent to issue.
@@ -98,7 +100,7 @@ func openLog(path string, log *slog.Logger) (*Log, error) {
 		f.Close()
 		return nil, err
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	if err := wholefile.SyncDir(filepath.Dir(path)); err != nil {
 		f.Close()
 		return nil, err
 	}

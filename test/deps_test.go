@@ -58,12 +58,12 @@ var rules = map[string]rule{
 	"xds/xdsserver": {own: []string{"xds"}, outside: []string{envoy, grpc, protobuf},
 		why: "serves resources to whoever it is told to; what is in them is not its business"},
 
-	"ca": {outside: []string{spiffe, unix}, banned: []string{"net/http", "os/exec"},
+	"ca": {own: []string{"internal/wholefile"}, outside: []string{spiffe, unix}, banned: []string{"net/http", "os/exec"},
 		why: "the keys that everything hangs on stay with little code; it does not even know what a workload is"},
-	"ca/caserver": {own: []string{"ca", "internal/mesh", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
+	"ca/caserver": {own: []string{"ca", "internal/mesh", "internal/wholefile", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
 		why: "decides for whom the authority signs, from the state alone; it has no part in proxies"},
 
-	"agent": {own: []string{"agent/...", "api/admin/v1", "api/node/v1", "authz", "internal/mesh", "internal/adminserver", "internal/proxy/instance", "internal/unixsocket", "xds", "ca", "ca/caserver"},
+	"agent": {own: []string{"agent/...", "api/admin/v1", "api/node/v1", "authz", "internal/mesh", "internal/adminserver", "internal/proxy/instance", "internal/unixsocket", "internal/wholefile", "xds", "ca", "ca/caserver"},
 		outside: []string{spiffe, grpc, protobuf, envoy, metrics, unix, "golang.org/x/sync/..."},
 		why:     "composition only: what it composes does not know of each other; of ca it has the names of identities, of ca/caserver the client's side of the connection"},
 	"agent/accesslog": {own: []string{"agent/audit", "authz", "xds"},
@@ -106,7 +106,7 @@ var rules = map[string]rule{
 	"internal/control": {own: []string{"api/...", "authz", "ca", "ca/caserver", "internal/adminserver", "internal/fanout", "internal/manifest", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"},
 		outside: []string{spiffe, grpc, protobuf, envoy, metrics, "golang.org/x/sync/..."},
 		why:     "composition of the control plane; nothing of the agent's"},
-	"internal/kube": {own: []string{"api/node/v1", "api/v1alpha1", "authz", "ca", "ca/caserver", "internal/fanout", "internal/mesh"},
+	"internal/kube": {own: []string{"api/node/v1", "api/v1alpha1", "authz", "ca", "ca/caserver", "internal/fanout", "internal/mesh", "internal/wholefile"},
 		outside: []string{spiffe, "k8s.io/...", "golang.org/x/sync/errgroup", "golang.org/x/time/rate"},
 		why:     "objects of an API server become facts, and what became of them is written back; it serves nobody"},
 	"internal/lab": {outside: []string{unix, "github.com/vishvananda/..."},
@@ -121,6 +121,7 @@ var rules = map[string]rule{
 		why: "keeps processes running, whatever they are"},
 	"internal/unixsocket": {outside: []string{unix},
 		why: "opens sockets, whoever serves on them"},
+	"internal/wholefile": {why: "replaces files, whatever is in them"},
 }
 
 // free packages are programs and tests, which may import anything.

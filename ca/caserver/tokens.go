@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // MaxTokenTTL is the longest that a join token may stay valid.
@@ -79,30 +81,10 @@ func (s *TokenStore) Create(node string, ttl time.Duration) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("caserver: create token: %w", err)
 	}
-	if err := s.store(s.path(token), data); err != nil {
+	if err := wholefile.Write(s.path(token), data); err != nil {
 		return "", fmt.Errorf("caserver: create token: %w", err)
 	}
 	return token, nil
-}
-
-// store writes a file that is there whole or not at all.
-func (s *TokenStore) store(path string, data []byte) error {
-	f, err := os.CreateTemp(s.dir, ".tmp-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	if _, err := f.Write(data); err != nil {
-		f.Close()
-		return err
-	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return s.syncDir()
 }
 
 // Redeem implements Joiner: it spends a token and returns the node that it stands for. Of any number
@@ -128,7 +110,7 @@ func (s *TokenStore) Redeem(_ context.Context, token string) (string, error) {
 	} else if err != nil {
 		return "", fmt.Errorf("caserver: redeem token: %w", err)
 	}
-	if err := s.syncDir(); err != nil {
+	if err := wholefile.SyncDir(s.dir); err != nil {
 		return "", fmt.Errorf("caserver: redeem token: %w", err)
 	}
 	var t tokenFile
@@ -164,13 +146,4 @@ func (s *TokenStore) sweep() {
 func (s *TokenStore) path(token string) string {
 	sum := sha256.Sum256([]byte(token))
 	return filepath.Join(s.dir, hex.EncodeToString(sum[:])+tokenExt)
-}
-
-func (s *TokenStore) syncDir() error {
-	d, err := os.Open(s.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

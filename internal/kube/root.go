@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // rootSecret holds the authority's root, in these files.
@@ -68,7 +69,7 @@ func (r *Root) Place(ctx context.Context, dir string, td spiffeid.TrustDomain) e
 		return fmt.Errorf("kube: %w", err)
 	}
 	for _, name := range rootFiles {
-		if err := replace(filepath.Join(dir, name), secret.Data[name]); err != nil {
+		if err := wholefile.Write(filepath.Join(dir, name), secret.Data[name]); err != nil {
 			return fmt.Errorf("kube: place the root: %w", err)
 		}
 	}
@@ -99,21 +100,4 @@ func newRoot(dir string, td spiffeid.TrustDomain, log *slog.Logger) (_ map[strin
 		}
 	}
 	return out, nil
-}
-
-// replace writes a file (0600) whole or not at all.
-func replace(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	if _, err := f.Write(data); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }
