@@ -97,9 +97,10 @@ type agent struct {
 	ready     atomic.Bool   // a state has been taken
 	poke      chan struct{} // the state changed
 
-	// giving is held while the proxy's configuration is built from a state and
-	// handed on, so that an older one never follows a newer.
+	// giving is held while the state is replaced, and the proxy's configuration
+	// built from it and handed on, so that an older one never follows a newer.
 	giving sync.Mutex
+	given  *nodeState // guarded by giving; what the proxy's configuration was built from
 
 	mu       sync.Mutex
 	state    *nodeState // guarded by mu; replaced whole

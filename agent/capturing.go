@@ -147,15 +147,10 @@ func (a *agent) place(ctx context.Context) *nodeState {
 		if places := a.pods.place(ctx, s.workloads); !samePlaces(places, s.workloads) {
 			moved := *s
 			moved.workloads = places
-			a.mu.Lock()
-			if a.state != s { // a newer one came meanwhile; it is placed next
-				a.mu.Unlock()
-				a.wake()
-				return s
-			}
-			a.state = &moved
-			a.mu.Unlock()
 			s = &moved
+			a.mu.Lock()
+			a.state = s
+			a.mu.Unlock()
 			a.live.update(s)
 		}
 	}
@@ -163,14 +158,19 @@ func (a *agent) place(ctx context.Context) *nodeState {
 	return s
 }
 
-// give builds what follows from a state for the proxy. giving is held.
+// give builds what follows from a state for the proxy, unless that was the last
+// it was given. giving is held.
 func (a *agent) give(s *nodeState) {
+	if a.given == s {
+		return
+	}
 	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog()})
 	if err != nil {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
 		return
 	}
 	a.relay.SetLocal(set)
+	a.given = s
 }
 
 func (a *agent) accessLog() string {

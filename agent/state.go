@@ -194,13 +194,11 @@ func (a *agent) take(m *nodev1.NodeState) error {
 	if err != nil {
 		return err
 	}
-	if a.pods != nil {
-		s.workloads = a.pods.place(context.Background(), s.workloads)
-	}
 	// The proxy is given what follows from the state before anybody can see the
 	// state, or its revision would be called in force while the proxy still has
 	// the policies of the one before.
 	a.giving.Lock()
+	s.workloads = a.pods.place(context.Background(), s.workloads)
 	a.give(s)
 	a.mu.Lock()
 	a.state = s

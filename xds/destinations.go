@@ -41,16 +41,15 @@ const ClusterRefused = "refused"
 // Refused is the cluster for a name that stands for nothing: without endpoints,
 // so that a connection to it is refused at once. Without any answer the proxy
 // would hold every further connection to it for as long as it waits for one.
-func Refused(name string) Resource {
+//
+// It reports false for a name that cannot be a resource's.
+func Refused(name string) (Resource, bool) {
 	r, err := NewResource(name, &clusterv3.Cluster{
 		Name:                 name,
 		AltStatName:          ClusterRefused,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 	})
-	if err != nil { // the name came over the wire as a string, so it is UTF-8
-		panic("xds: " + err.Error())
-	}
-	return r
+	return r, err == nil
 }
 
 // hop is where a connection to a destination may go.

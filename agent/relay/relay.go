@@ -22,10 +22,10 @@ type Relay struct {
 	keys  Keys
 
 	mu       sync.Mutex
-	upstream xds.Set                 // guarded by mu; from the control plane; replaced whole; nil until known
-	local    xds.Set                 // guarded by mu; built on this node; nil until known
+	upstream versioned               // guarded by mu; from the control plane
+	local    versioned               // guarded by mu; built on this node
 	secrets  map[string]xds.Resource // guarded by mu; replaced whole
-	merged   xds.Set                 // guarded by mu; upstream, local and secrets
+	merged   versioned               // guarded by mu; upstream, local and secrets
 	onDemand map[string]answer       // guarded by mu; clusters asked for by name
 	present  map[string]uint64       // guarded by mu; network namespaces that exist
 	changed  chan struct{}           // guarded by mu
@@ -35,6 +35,15 @@ type Relay struct {
 
 	draining func(instance string) bool
 }
+
+// versioned is a set, replaced whole, with its hash, which is asked for far more
+// often than the set changes. Its zero value is a set that is not known yet.
+type versioned struct {
+	xds.Set
+	version string // empty until the set is known
+}
+
+func version(set xds.Set) versioned { return versioned{set, set.Version()} }
 
 // answer is what the control plane said about a name.
 type answer struct {
@@ -69,7 +78,7 @@ func New(c Config) *Relay {
 	if set, err := loadCopy(c.Cache); err != nil {
 		c.Log.Warn("the last good copy of the proxy's configuration is not usable; waiting for the control plane", "error", err)
 	} else if set != nil {
-		r.upstream = set
+		r.upstream = version(set)
 	}
 	r.readKeys()
 	return r
@@ -79,7 +88,7 @@ func New(c Config) *Relay {
 func (r *Relay) Resources() (xds.Set, <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.merged, r.changed
+	return r.merged.Set, r.changed
 }
 
 // Lookup implements xdsserver.Source. The first question about a cluster is
@@ -115,15 +124,7 @@ func (r *Relay) Lookup(typeURL, name string) (xds.Resource, xdsserver.Answer) {
 func (r *Relay) Version() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.upstream == nil {
-		return ""
-	}
-	return r.upstream.Version()
-}
-
-// sameSet reports whether two sets are the same object.
-func sameSet(a, b xds.Set) bool {
-	return a != nil && b != nil && a.Version() == b.Version()
+	return r.upstream.version
 }
 
 // apply takes one update from the control plane.
@@ -131,7 +132,7 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	next := xds.Set{}
-	maps.Copy(next, r.upstream)
+	maps.Copy(next, r.upstream.Set)
 	next[typeURL] = maps.Clone(next[typeURL])
 	if next[typeURL] == nil {
 		next[typeURL] = map[string]xds.Resource{}
@@ -147,25 +148,34 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	}
 	for _, n := range removed {
 		if _, ok := r.onDemand[n]; ok && typeURL == xds.TypeCluster {
-			r.onDemand[n] = answer{state: xdsserver.Found, resource: xds.Refused(n)}
+			r.onDemand[n] = refused(n)
 		}
 		delete(next[typeURL], n)
 	}
-	r.upstream = next
+	r.upstream = version(next)
 	r.publish()
 	if err := saveCopy(r.cache, next); err != nil {
 		r.log.Error("keeping a copy of the proxy's configuration", "error", err)
 	}
 }
 
+// refused answers for a name that stands for nothing.
+func refused(name string) answer {
+	if resource, ok := xds.Refused(name); ok {
+		return answer{state: xdsserver.Found, resource: resource}
+	}
+	return answer{state: xdsserver.Absent}
+}
+
 // SetLocal gives the resources that this node builds for its own workloads.
 func (r *Relay) SetLocal(set xds.Set) {
+	local := version(set)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if sameSet(set, r.local) {
+	if local.version == r.local.version {
 		return
 	}
-	r.local = set
+	r.local = local
 	r.publish()
 }
 
@@ -175,15 +185,15 @@ func (r *Relay) SetLocal(set xds.Set) {
 // through a restart of the agent would take what is still missing for removed,
 // and end its connections.
 func (r *Relay) publish() {
-	if r.upstream != nil && r.local != nil && r.present != nil {
+	if r.upstream.Set != nil && r.local.Set != nil && r.present != nil {
 		m := xds.Set{}
-		maps.Copy(m, r.local)
+		maps.Copy(m, r.local.Set)
 		m[xds.TypeSecret] = r.secrets
-		m[xds.TypeListener] = r.placed(r.local[xds.TypeListener])
+		m[xds.TypeListener] = r.placed(r.local.Set[xds.TypeListener])
 		m[xds.TypeCluster] = map[string]xds.Resource{}
-		maps.Copy(m[xds.TypeCluster], r.local[xds.TypeCluster])
-		maps.Copy(m[xds.TypeCluster], r.upstream[xds.TypeCluster])
-		r.merged = m
+		maps.Copy(m[xds.TypeCluster], r.local.Set[xds.TypeCluster])
+		maps.Copy(m[xds.TypeCluster], r.upstream.Set[xds.TypeCluster])
+		r.merged = version(m)
 	}
 	close(r.changed)
 	r.changed = make(chan struct{})

@@ -183,7 +183,11 @@ func TestOnDemandPassesThrough(t *testing.T) {
 	if _, a := r.Lookup(xds.TypeCluster, "tunnel"); a != xdsserver.Absent {
 		t.Errorf("a name that is no destination: %v", a)
 	}
-	for name, want := range map[string]xds.Resource{known: u.demand[known], unknown: xds.Refused(unknown)} {
+	nobody, ok := xds.Refused(unknown)
+	if !ok {
+		t.Fatalf("%s cannot be refused", unknown)
+	}
+	for name, want := range map[string]xds.Resource{known: u.demand[known], unknown: nobody} {
 		if _, a := r.Lookup(xds.TypeCluster, name); a != xdsserver.Pending {
 			t.Errorf("%s: first answer %v, want pending", name, a)
 		}

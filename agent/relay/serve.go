@@ -41,14 +41,15 @@ type proxyStream struct {
 	instance string // greater than those of older proxies; empty if it did not say
 	number   uint64 // of the stream
 
-	settled xds.Set // guarded by relay.mu; the set that it has taken, nil if none
-	refused string  // guarded by relay.mu; the newest refusal since it last settled
+	settled string // guarded by relay.mu; version of the set that it has taken, empty if none
+	refused string // guarded by relay.mu; the newest refusal since it last settled
 }
 
 func (p *proxyStream) Settled(set xds.Set) {
+	settled := set.Version()
 	p.relay.mu.Lock()
 	defer p.relay.mu.Unlock()
-	p.settled, p.refused = set, ""
+	p.settled, p.refused = settled, ""
 }
 
 func (p *proxyStream) Nacked(typeURL, message string) {
@@ -88,12 +89,13 @@ func (r *Relay) Proxy() (connected, current bool, refused string) {
 	slices.SortFunc(streams, newer)
 	current = true
 	for _, p := range streams {
+		taken := p.settled != "" && p.settled == r.merged.version
 		if r.draining(p.instance) {
-			current = current && (p.refused != "" || sameSet(p.settled, r.merged))
+			current = current && (p.refused != "" || taken)
 			continue
 		}
 		connected = true
-		current = current && sameSet(p.settled, r.merged)
+		current = current && taken
 		if refused == "" { // the newest proxy's goes first
 			refused = p.refused
 		}

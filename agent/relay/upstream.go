@@ -113,7 +113,7 @@ func (r *Relay) subscribe(typeURL string, told map[string]bool) *discoveryv3.Del
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for n, res := range r.upstream[typeURL] {
+	for n, res := range r.upstream.Set[typeURL] {
 		req.InitialResourceVersions[n] = res.Version
 	}
 	return req
