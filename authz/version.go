@@ -25,3 +25,44 @@ func (m *Model) Version(t Target) string {
 	}
 	return hex.EncodeToString(h.Sum(nil)[:8])
 }
+
+// Content is what a model holds, as plain data that encodes the same way
+// whenever the model means the same: for a hash over all of it.
+type Content struct {
+	Policies []PolicyContent
+	// Absent when there is none, so that meshes without any keep their hashes.
+	Quarantines []QuarantineContent `json:",omitempty"`
+}
+
+// PolicyContent is a Policy with its patterns as text.
+type PolicyContent struct {
+	Namespace, Name, Target string
+	Ports                   []uint16
+	From                    []string
+}
+
+// QuarantineContent is a Quarantine with its patterns as text.
+type QuarantineContent struct {
+	Name, Reason      string
+	Identities, Nodes []string
+}
+
+// Content returns what the model holds, sorted. The caller owns it.
+func (m *Model) Content() Content {
+	var out Content
+	for _, p := range m.Policies() {
+		out.Policies = append(out.Policies, PolicyContent{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From)})
+	}
+	for _, q := range m.Quarantines() {
+		out.Quarantines = append(out.Quarantines, QuarantineContent{q.Name, q.Reason, texts(q.Identities), q.Nodes})
+	}
+	return out
+}
+
+func texts(patterns []Pattern) []string {
+	var out []string
+	for _, p := range patterns {
+		out = append(out, p.String())
+	}
+	return out
+}

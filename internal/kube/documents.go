@@ -107,34 +107,7 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 	})
 	slices.SortFunc(d.quarantines, func(a, b v1alpha1.Quarantine) int { return strings.Compare(a.Name, b.Name) })
 	d.model, d.diagnostics = authz.Compile(td, d.policies, d.quarantines...)
-	type policy struct {
-		Namespace, Name, Target string
-		Ports                   []uint16
-		From                    []string
-	}
-	type quarantine struct {
-		Name, Reason      string
-		Identities, Nodes []string
-	}
-	var content struct {
-		Policies    []policy
-		Quarantines []quarantine
-	}
-	for _, p := range d.model.Policies() {
-		content.Policies = append(content.Policies, policy{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From)})
-	}
-	for _, q := range d.model.Quarantines() {
-		content.Quarantines = append(content.Quarantines, quarantine{q.Name, q.Reason, texts(q.Identities), q.Nodes})
-	}
-	d.sum = sumOf("documents", content)
-}
-
-func texts(patterns []authz.Pattern) []string {
-	out := make([]string, len(patterns))
-	for i, p := range patterns {
-		out[i] = p.String()
-	}
-	return out
+	d.sum = sumOf("documents", d.model.Content())
 }
 
 // view assembles what is in force. It shares the index's tables, which are
