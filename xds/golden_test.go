@@ -219,10 +219,11 @@ func TestServiceKeepsToTheNode(t *testing.T) {
 		{"n1", 80, "192.0.2.1:1080"}, {"n1", 81, ""}, {"n2", 80, "192.0.2.2:8080"}, {"n2", 81, "192.0.2.2:8081"}, {"n3", 80, ""},
 	} {
 		d, ok := resolve(v.State, c.node, netip.AddrPortFrom(vip, c.port))
-		got := ""
+		var hops []string
 		for _, h := range d.hops {
-			got += h.addr.String()
+			hops = append(hops, h.addr.String())
 		}
+		got := strings.Join(hops, " ")
 		if !ok || got != c.want || !d.affinity {
 			t.Errorf("from %s, port %d: %q, want %q (%+v)", c.node, c.port, got, c.want, d)
 		}

@@ -162,7 +162,7 @@ func look(pid int) (p process, err error) {
 	p = process{pid: pid, membership: parseMembership(string(raw))}
 	exe, err := os.Readlink(dir + "/exe")
 	if err != nil || !slices.Contains(programs, filepath.Base(strings.TrimSuffix(exe, " (deleted)"))) {
-		return p, nil // the kernel's own threads have no program
+		return p, nil //nolint:nilerr // the kernel's own threads have no program
 	}
 	info, err := os.Stat(dir)
 	if err != nil {

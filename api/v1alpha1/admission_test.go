@@ -1,6 +1,7 @@
 package v1alpha1_test
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -41,8 +42,11 @@ func testAdmission(t *testing.T, server *kubeapiserver.Server) {
 	create(t, admin, controlPlaneRole)
 	for _, bad := range []string{namespace("x", "signet.dev/mesh: yonder"), pod("shop", "x", "signet.dev/mesh: yonder")} {
 		kubeapiserver.Eventually(t, 30*time.Second, func() error { // policies come into force a moment after they are written
-			if err := try(t, admin, parse(t, bad)[0]); err == nil || !strings.Contains(err.Error(), "ValidatingAdmissionPolicy") {
-				return fmt.Errorf("no admission policy is in force: %v", err)
+			switch err := try(t, admin, parse(t, bad)[0]); {
+			case err == nil:
+				return errors.New("no admission policy is in force")
+			case !strings.Contains(err.Error(), "ValidatingAdmissionPolicy"):
+				return fmt.Errorf("no admission policy is in force: %w", err)
 			}
 			return nil
 		})

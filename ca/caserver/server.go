@@ -135,7 +135,7 @@ func (s *Server) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.Nod
 	name, err := s.tokens.Redeem(ctx, req.GetToken())
 	switch {
 	case errors.Is(err, ErrToken):
-		if err != ErrToken { //nolint:errorlint // the bare sentinel has nothing to add
+		if err != ErrToken { // the bare sentinel has nothing to add
 			s.log.WarnContext(ctx, "join token refused", "reason", err)
 		}
 		return nil, s.refuse(ctx, "Join", "", codes.PermissionDenied, "join token is unknown, used or expired; create a new one on the control plane")

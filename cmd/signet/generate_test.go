@@ -98,11 +98,12 @@ func TestGeneratedPoliciesAdmitExactlyWhatWasSeen(t *testing.T) {
 			t.Fatalf("seed %d: the order of records shows:\n%s\n%s", seed, text, again)
 		}
 		file := filepath.Join(t.TempDir(), "p.yaml")
-		mesh := "apiVersion: signet.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: mesh}\nspec: {trustDomain: mesh.example}\n"
+		var mesh strings.Builder
+		mesh.WriteString("apiVersion: signet.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: mesh}\nspec: {trustDomain: mesh.example}\n")
 		for _, ns := range []string{"shop", "pay", "ops"} {
-			mesh += "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: " + ns + "}\n"
+			fmt.Fprintf(&mesh, "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: %s}\n", ns)
 		}
-		if err := os.WriteFile(file, []byte(mesh+"---\n"+text), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(mesh.String()+"---\n"+text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if found := manifest.Check([]string{file}); len(found) > 0 {

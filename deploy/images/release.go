@@ -179,7 +179,7 @@ func (r *release) assemble(i image, p v1.Platform, layers []tree) (v1.Image, err
 		"org.opencontainers.image.source":   "https://github.com/signet-mesh/signet",
 		"org.opencontainers.image.vendor":   "The Signet authors",
 	}
-	img := mutate.ConfigMediaType(mutate.MediaType(v1.Image(empty.Image), types.OCIManifestSchema1), types.OCIConfigJSON)
+	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	img, err := mutate.ConfigFile(img, &v1.ConfigFile{
 		Created: v1.Time{Time: epoch}, OS: p.OS, Architecture: p.Architecture, Variant: p.Variant,
 		RootFS: v1.RootFS{Type: "layers"},

@@ -133,11 +133,9 @@ func (s *stream) advance() {
 }
 
 func (s *stream) why() string {
-	text := ""
+	text := why(s.err, s.timeout)
 	if errors.Is(s.err, errSlow) {
 		text = fmt.Sprintf("no answer within %s", s.timeout)
-	} else {
-		text = why(s.err, s.timeout)
 	}
 	if s.count > 0 {
 		text = fmt.Sprintf("the answer broke off after %d records: %s", s.count, text)

@@ -17,7 +17,7 @@ const agentPort = 9445
 // Agents lists the agents of all nodes, with those that do not answer: what
 // counts is that their pods exist. namespace is the release's.
 func (w *Watcher) Agents(namespace string) []fanout.Node {
-	objs, _ := w.podStore.ByIndex(cache.NamespaceIndex, namespace) //nolint:errcheck // the index exists
+	objs, _ := w.podStore.ByIndex(cache.NamespaceIndex, namespace) // the index exists
 	var out []fanout.Node
 	for _, obj := range objs {
 		p, ok := obj.(*pod)

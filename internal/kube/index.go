@@ -105,7 +105,7 @@ func (x *index) updateNamespaces(d *dirty) bool {
 	modes := maps.Clone(x.modes)
 	for name := range d.namespaces {
 		var now namespace
-		obj, exists, _ := x.namespaceStore.GetByKey(name) //nolint:errcheck // a store in memory has none
+		obj, exists, _ := x.namespaceStore.GetByKey(name) // a store in memory has none
 		if exists {
 			now = parseNamespace(obj.(*corev1.Namespace))
 		}
@@ -121,7 +121,7 @@ func (x *index) updateNamespaces(d *dirty) bool {
 		if (was.mode == mesh.ModeOff) == (now.mode == mesh.ModeOff) && was.allowOptOut == now.allowOptOut {
 			continue
 		}
-		pods, _ := x.podStore.ByIndex(cache.NamespaceIndex, name) //nolint:errcheck // the index exists
+		pods, _ := x.podStore.ByIndex(cache.NamespaceIndex, name) // the index exists
 		for _, p := range pods {
 			d.pods.add(name + "/" + p.(*pod).Name)
 		}
@@ -148,7 +148,7 @@ func (x *index) updatePods(d *dirty) bool {
 		touched := set{} // addresses whose owner may have changed
 		name, rest, _ := strings.Cut(key, "/")
 		var p *pod
-		if obj, ok, _ := x.podStore.GetByKey(key); ok { //nolint:errcheck // a store in memory has none
+		if obj, ok, _ := x.podStore.GetByKey(key); ok { // a store in memory has none
 			p = obj.(*pod)
 		}
 		was := x.meanings[key]
@@ -257,7 +257,7 @@ func (x *index) updateServices(d *dirty) bool {
 		name, rest, _ := strings.Cut(key, "/")
 		var out *mesh.Service
 		var needs []string
-		if obj, ok, _ := x.serviceStore.GetByKey(key); ok { //nolint:errcheck // a store in memory has none
+		if obj, ok, _ := x.serviceStore.GetByKey(key); ok { // a store in memory has none
 			out, needs = x.services.convert(obj.(*corev1.Service), x.slices(key))
 		}
 		changes[rowKey(name, rest)] = out
@@ -269,7 +269,7 @@ func (x *index) updateServices(d *dirty) bool {
 // slices returns a service's EndpointSlices by name, so that the result does
 // not depend on the cache's order.
 func (x *index) slices(service string) []*discoveryv1.EndpointSlice {
-	objs, _ := x.sliceStore.ByIndex(byService, service) //nolint:errcheck // the index exists
+	objs, _ := x.sliceStore.ByIndex(byService, service) // the index exists
 	out := make([]*discoveryv1.EndpointSlice, 0, len(objs))
 	for _, obj := range objs {
 		out = append(out, obj.(*discoveryv1.EndpointSlice))

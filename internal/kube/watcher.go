@@ -126,7 +126,7 @@ func (w *Watcher) sliceChanged(obj any) {
 		obj = gone.Obj
 	}
 	if s, ok := obj.(*discoveryv1.EndpointSlice); ok {
-		if services, _ := sliceIndexer(s); len(services) == 1 { //nolint:errcheck // it returns none
+		if services, _ := sliceIndexer(s); len(services) == 1 { // it returns none
 			w.mark(func(d *dirty) { d.services.add(services[0]) })
 		}
 	}

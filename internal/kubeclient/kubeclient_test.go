@@ -100,7 +100,10 @@ func TestTunnel(t *testing.T) {
 		}
 		tr.CloseIdleConnections()
 		// A port on which nobody listens.
-		_, err = (&http.Client{Transport: tunnel.Transport(1), Timeout: 20 * time.Second}).Get("http://control/")
+		res, err := (&http.Client{Transport: tunnel.Transport(1), Timeout: 20 * time.Second}).Get("http://control/")
+		if err == nil {
+			_ = res.Body.Close()
+		}
 		if err == nil || !strings.Contains(err.Error(), "port 1 of pod signet-system/control-old: connection refused") {
 			t.Errorf("closed port: %v", err)
 		}

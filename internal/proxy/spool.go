@@ -74,7 +74,7 @@ func (s *spooler) run(ctx context.Context, pipe deadlineReader) {
 				s.close()
 			}
 			if s.f == nil {
-				s.try(ctx, nil)
+				_, _ = s.try(ctx, nil) // if it fails, so does the next line's, which says so
 			}
 		default:
 			if !errors.Is(err, io.EOF) {

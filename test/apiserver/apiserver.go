@@ -101,11 +101,11 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		refuse(w, apierrors.NewForbidden(resource, req.Name, fmt.Errorf("user %q cannot %s it", Token, req.Verb)))
 		return
 	}
-	switch {
-	case req.Resource == "pods/portforward":
+	switch req.Resource {
+	case "pods/portforward":
 		s.forward(w, r, req)
 		return
-	case req.Resource == "selfsubjectaccessreviews":
+	case "selfsubjectaccessreviews":
 		s.review(w, r)
 		return
 	}

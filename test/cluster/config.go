@@ -80,12 +80,12 @@ func (c *Cluster) configure() error {
 
 // systemFiles are what any program expects in /etc.
 func (c *Cluster) systemFiles(m *machine) (map[string][]byte, error) {
-	hosts := "127.0.0.1 localhost\n::1 localhost\n"
+	hosts := []byte("127.0.0.1 localhost\n::1 localhost\n")
 	for _, other := range c.state.Machines {
-		hosts += fmt.Sprintf("%s %s\n%s %s\n", other.Addr4, other.Name, other.Addr6, other.Name)
+		hosts = fmt.Appendf(hosts, "%s %s\n%s %s\n", other.Addr4, other.Name, other.Addr6, other.Name)
 	}
 	files := map[string][]byte{
-		"etc/hosts":       []byte(hosts),
+		"etc/hosts":       hosts,
 		"etc/hostname":    []byte(m.Name + "\n"),
 		"etc/resolv.conf": []byte("# There is no name server outside of the cluster.\n"),
 		"etc/machine-id":  fmt.Appendf(nil, "%032x\n", m.mac()),

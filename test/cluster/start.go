@@ -107,7 +107,7 @@ func (c *Cluster) bootNode(ctx context.Context, n *Node) error {
 	if err := c.plug(n.machine); err != nil {
 		return errors.Join(err, n.machine.kill(ctx))
 	}
-	var services []spec.Service = c.nodePrograms(n.machine)
+	services := c.nodePrograms(n.machine)
 	// kubelet gives up without containerd, and is started again a second later.
 	if err := n.machine.setServices(ctx, services[:1]); err != nil {
 		return err

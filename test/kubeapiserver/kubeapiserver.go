@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"math/big"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,7 +114,7 @@ func Start(t *testing.T, users ...string) *Server {
 			return fmt.Errorf("%w\n%s", err, log.tail())
 		}
 		r.Body.Close()
-		if r.StatusCode != 200 {
+		if r.StatusCode != http.StatusOK {
 			return fmt.Errorf("readyz: %s\n%s", r.Status, log.tail())
 		}
 		return nil
