@@ -46,27 +46,37 @@ func (a *agent) status() adminv1.AgentStatus {
 	if current && a.relay.Version() == s.xdsVersion {
 		out.Revision = s.revision
 	}
+	problems := a.problems(s, connected)
+	for i := range s.workloads {
+		w := &s.workloads[i]
+		problem := problems[w.Key()]
+		out.Workloads = append(out.Workloads, adminv1.WorkloadStatus{
+			Workload: w.Key(), ID: w.ID.String(), Mode: s.modes[w.Namespace].String(), Connections: a.live.count(w.Key()),
+			Captured: w.Capture != nil && problem == "", Problem: problem,
+		})
+	}
+	return out
+}
+
+// problems says, by workload, what was wrong with those that are to be captured
+// when they were last looked at; "" if nothing was.
+func (a *agent) problems(s *nodeState, connected bool) map[string]string {
+	out := map[string]string{}
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
 	for i := range s.workloads {
 		w := &s.workloads[i]
-		ws := adminv1.WorkloadStatus{
-			Workload: w.Key(), ID: w.ID.String(), Mode: s.modes[w.Namespace].String(), Connections: a.live.count(w.Key()),
+		if w.Capture == nil {
+			continue
 		}
-		if w.Capture != nil {
-			problem, looked := a.rules.seen[w.Key()]
-			switch {
-			case !looked:
-				ws.Problem = "not looked at yet"
-			case problem != "":
-				ws.Problem = problem
-			case !connected || a.rules.proxy != a.relay.Generation():
-				ws.Problem = "the proxy is not connected, or has not been looked at yet"
-			default:
-				ws.Captured = true
-			}
+		problem, looked := a.rules.seen[w.Key()]
+		switch {
+		case !looked:
+			problem = "not looked at yet"
+		case problem == "" && (!connected || a.rules.proxy != a.relay.Generation()):
+			problem = "the proxy is not connected, or has not been looked at yet"
 		}
-		out.Workloads = append(out.Workloads, ws)
+		out[w.Key()] = problem
 	}
 	return out
 }

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -39,31 +38,22 @@ func (a *agent) reports(ctx context.Context) {
 }
 
 func (a *agent) report(ctx context.Context) {
-	status := a.status()
 	a.mu.Lock()
 	s, last := a.state, a.reported
 	a.mu.Unlock()
 	if s == nil {
 		return
 	}
-	m := &nodev1.ReportRequest{Revision: status.Revision}
-	if m.Revision == "" {
-		m.Revision = last.revision // the proxy still has the older one in full
+	connected, current, _ := a.relay.Proxy()
+	m := &nodev1.ReportRequest{Revision: last.revision} // unless the proxy has a newer one in full
+	if current && a.relay.Version() == s.xdsVersion {
+		m.Revision = s.revision
 	}
-	for i := range status.Workloads {
-		w := &status.Workloads[i]
-		uid := ""
-		if known := s.workload(w.Workload); known != nil {
-			uid = known.UID
-		}
-		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Workload, Uid: uid, Problem: w.Problem})
+	problems := a.problems(s, connected)
+	for i := range s.workloads {
+		w := &s.workloads[i]
+		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: problems[w.Key()]})
 	}
-	slices.SortFunc(m.Workloads, func(x, y *nodev1.WorkloadReport) int {
-		if x.GetWorkload() < y.GetWorkload() {
-			return -1
-		}
-		return 1
-	})
 	if proto.Equal(m, last.message) && time.Since(last.at) < reportEvery {
 		return
 	}
