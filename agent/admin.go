@@ -35,7 +35,7 @@ func (a *agent) status() adminv1.AgentStatus {
 	a.mu.Lock()
 	s := a.state
 	a.mu.Unlock()
-	connected, current, _ := a.relay.Proxy()
+	connected, settled, _ := a.proxy(s)
 	out := adminv1.AgentStatus{
 		Node: a.cfg.Node, Version: a.cfg.Version, ControlConnected: a.connected.Load(), ProxyConnected: connected,
 		Workloads: []adminv1.WorkloadStatus{}, Audit: a.store.Stats(),
@@ -43,7 +43,7 @@ func (a *agent) status() adminv1.AgentStatus {
 	if s == nil {
 		return out
 	}
-	if current && a.relay.Version() == s.xdsVersion {
+	if settled {
 		out.Revision = s.revision
 	}
 	problems := a.problems(s, connected)

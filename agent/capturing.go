@@ -95,8 +95,8 @@ func (a *agent) look(s *nodeState) {
 	}
 	a.relay.SetNamespaces(present)
 	proxy := a.relay.Generation() // before looking at it
-	connected, current, refused := a.relay.Proxy()
-	a.plain.look(s, current && a.relay.Version() == s.xdsVersion, time.Now())
+	connected, settled, refused := a.proxy(s)
+	a.plain.look(s, settled, time.Now())
 	for key, problem := range seen {
 		switch {
 		case problem != "":

@@ -9,6 +9,13 @@ import (
 	"github.com/signet-mesh/signet/internal/proxy/instance"
 )
 
+// proxy says whether a proxy is connected, whether it works with this very state,
+// and what it refused last. There may be no state yet.
+func (a *agent) proxy(s *nodeState) (connected, settled bool, refused string) {
+	connected, current, refused := a.relay.Proxy()
+	return connected, current && s != nil && a.relay.Version() == s.xdsVersion, refused
+}
+
 // followProxies closes the records of connections that a dead proxy had open,
 // while those of another that lives stay open.
 func (a *agent) followProxies(ctx context.Context) {

@@ -44,9 +44,9 @@ func (a *agent) report(ctx context.Context) {
 	if s == nil {
 		return
 	}
-	connected, current, _ := a.relay.Proxy()
+	connected, settled, _ := a.proxy(s)
 	m := &nodev1.ReportRequest{Revision: last.revision} // unless the proxy has a newer one in full
-	if current && a.relay.Version() == s.xdsVersion {
+	if settled {
 		m.Revision = s.revision
 	}
 	problems := a.problems(s, connected)
