@@ -131,6 +131,10 @@ images: ## Build the container images into .cache/images, for all PLATFORMS
 	@CGO_ENABLED=0 $(GO) build -o .cache/images/build ./deploy/images
 	@.cache/images/build -version "$(VERSION)" -envoy "$(ENVOY_VERSION)" -repository "$(REPOSITORY)" -platforms "$(PLATFORMS)"
 
+.PHONY: test-images
+test-images: ## Build the images of examples/shop and of tests into .cache/test-images
+	@$(GO) run ./test/images
+
 .PHONY: chart
 chart: ## Pack the Helm chart of this VERSION into .cache/chart
 	@rm -rf .cache/chart && mkdir -p .cache/chart deploy/chart/signet/crds

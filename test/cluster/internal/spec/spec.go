@@ -82,6 +82,10 @@ func Find(proc string, pid int) (Process, error) {
 	if len(fields) <= startTime {
 		return Process{}, fmt.Errorf("%s/%d/stat: %d fields", proc, pid, len(fields))
 	}
+	if fields[0] == "Z" || fields[0] == "X" {
+		// It has ended, and only its parent has not asked yet how.
+		return Process{}, os.ErrProcessDone
+	}
 	start, err := strconv.ParseUint(fields[startTime], 10, 64)
 	if err != nil {
 		return Process{}, err
