@@ -75,6 +75,8 @@ func (a *agent) problems(s *nodeState, connected bool) map[string]string {
 			problem = "not looked at yet"
 		case problem == "" && (!connected || a.rules.proxy != a.relay.Generation()):
 			problem = "the proxy is not connected, or has not been looked at yet"
+		case problem == "":
+			problem = a.probes.wrong(w)
 		}
 		out[w.Key()] = problem
 	}

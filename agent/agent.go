@@ -90,7 +90,8 @@ type agent struct {
 	live     *live
 	plain    *plaintext
 	rules    capturing
-	pods     *pods // nil outside a cluster
+	pods     *pods   // nil outside a cluster
+	probes   *probes // nil outside a cluster
 	client   nodev1.NodeClient
 
 	connected atomic.Bool   // the control plane's watch is open
@@ -125,6 +126,7 @@ func Run(ctx context.Context, cfg Config) error {
 		if a.pods, err = openPods(cfg.RunDir, cfg.Log); err != nil {
 			return err
 		}
+		a.probes = &probes{log: cfg.Log}
 	}
 	if a.store, err = audit.Open(filepath.Join(cfg.StateDir, "audit"), cfg.Node, cfg.Log); err != nil {
 		return fmt.Errorf("audit store: %w", err)

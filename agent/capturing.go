@@ -58,7 +58,7 @@ func (a *agent) capture(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		if s := a.place(ctx); s != nil {
-			a.look(s)
+			a.look(ctx, s)
 		}
 		select {
 		case <-ctx.Done():
@@ -70,7 +70,7 @@ func (a *agent) capture(ctx context.Context) {
 }
 
 // look compares every namespace with the state and repairs what differs.
-func (a *agent) look(s *nodeState) {
+func (a *agent) look(ctx context.Context, s *nodeState) {
 	began := time.Now()
 	present := map[string]uint64{}
 	seen := map[string]string{}
@@ -93,6 +93,7 @@ func (a *agent) look(s *nodeState) {
 		present[w.Capture.NetNS] = inode
 		seen[w.Key()] = a.hold(w)
 	}
+	a.probes.look(ctx, s.workloads)
 	a.relay.SetNamespaces(present)
 	proxy := a.relay.Generation() // before looking at it
 	connected, settled, refused := a.proxy(s)

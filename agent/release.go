@@ -9,6 +9,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/agent/netns"
+	"github.com/signet-mesh/signet/agent/probe"
 )
 
 // ReleaseNode lets every pod of this node go, when the mesh is removed from
@@ -29,6 +30,7 @@ func ReleaseNode(cfg Config) error {
 		}
 		errs = append(errs, store.Unpin(pin.UID))
 	}
+	errs = append(errs, new(probe.Node).Remove())
 	cfg.Log.Info("pods released", "count", len(pins))
 	if err := errors.Join(errs...); err != nil {
 		return err

@@ -101,27 +101,24 @@ func (b *builder) rbac(w *mesh.Workload, target authz.Target) *rbacv3.RBAC {
 	rules := &configrbacv3.RBAC{Action: configrbacv3.RBAC_ALLOW, Policies: map[string]*configrbacv3.Policy{}}
 	for _, g := range b.view.Model.Grants(target) {
 		principals := b.principals(g.From)
-		if len(principals) == 0 {
-			continue // names nobody who exists
+		permissions := authorities(w.Capture.Addrs, g.Ports)
+		if len(principals) == 0 || len(permissions) == 0 {
+			continue // names nobody who exists, or the pod has no address yet; Envoy takes no empty list
 		}
-		rules.Policies[g.Policy] = &configrbacv3.Policy{
-			Permissions: authorities(w.Capture.Addrs, g.Ports),
-			Principals:  principals,
-		}
+		rules.Policies[g.Policy] = &configrbacv3.Policy{Permissions: permissions, Principals: principals}
 	}
 	_, cut := b.view.Model.QuarantinedTarget(target)
 	if cut || b.view.State.Mode(w.Namespace) != mesh.ModeObserve {
 		return &rbacv3.RBAC{Rules: rules}
 	}
-	return &rbacv3.RBAC{
-		Rules: &configrbacv3.RBAC{Action: configrbacv3.RBAC_ALLOW, Policies: map[string]*configrbacv3.Policy{
-			PolicyObserve: {
-				Permissions: authorities(w.Capture.Addrs, nil),
-				Principals:  []*configrbacv3.Principal{{Identifier: &configrbacv3.Principal_Any{Any: true}}},
-			},
-		}},
-		ShadowRules: rules,
+	observe := &configrbacv3.RBAC{Action: configrbacv3.RBAC_ALLOW, Policies: map[string]*configrbacv3.Policy{}}
+	if permissions := authorities(w.Capture.Addrs, nil); len(permissions) > 0 {
+		observe.Policies[PolicyObserve] = &configrbacv3.Policy{
+			Permissions: permissions,
+			Principals:  []*configrbacv3.Principal{{Identifier: &configrbacv3.Principal_Any{Any: true}}},
+		}
 	}
+	return &rbacv3.RBAC{Rules: observe, ShadowRules: rules}
 }
 
 // principals translates patterns to comparisons of whole strings. A SPIFFE ID
