@@ -67,15 +67,35 @@ test: root deps-debian tools kube-tools build ## Run every test, with the race d
 	@echo "test: go vet"
 	@$(GO) vet ./...
 	@echo "test: go test -race"
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) ./...
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) $(ALONE)
+	@$(MAKE) --no-print-directory test-cluster
+
+# The tests of a whole cluster run by themselves: what is measured in seconds
+# there must not share the machine with everything else.
+ALONE = $(shell $(GO) list ./... | grep -v '/test/kube$$')
+
+.PHONY: test-cluster
+test-cluster: PLATFORMS := linux/$(shell $(GO) env GOARCH)
+test-cluster: root deps-debian kube-tools images ## Run the end-to-end tests on a real cluster of two nodes; KEEP=1 leaves it
+	@echo "test-cluster: go test ./test/kube"
+	@SIGNET_VERSION="$(VERSION)" KEEP="$(KEEP)" $(GO) test -v -count=1 -timeout=60m $(TESTFLAGS) ./test/kube/
+
+.PHONY: cluster
+cluster: root deps-debian kube-tools ## Start a real Kubernetes cluster of two nodes on this machine
+	@$(GO) run ./test/cluster/clusterctl up
+
+.PHONY: cluster-down
+cluster-down: root ## Remove the cluster of make cluster; nothing of it stays
+	@$(GO) run ./test/cluster/clusterctl down
 
 .PHONY: test-short
 test-short: root tools kube-tools ## Run the tests that take seconds, without the race detector
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -short -timeout=10m $(TESTFLAGS) ./...
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -short -timeout=10m $(TESTFLAGS) $(ALONE)
 
 .PHONY: test-long
 test-long: root deps-debian tools kube-tools build ## Run every test at its full length
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_TEST_LONG=1 $(GO) test -race -count=1 -timeout=80m $(TESTFLAGS) ./...
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_TEST_LONG=1 $(GO) test -race -count=1 -timeout=80m $(TESTFLAGS) $(ALONE)
+	@SIGNET_TEST_LONG=1 $(MAKE) --no-print-directory test-cluster
 
 .PHONY: check
 check: generate-check manifests-check ## Check format, vet, lint and generated files
