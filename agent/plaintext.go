@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -13,21 +14,37 @@ import (
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
-// plaintext ends what reached a workload without a tunnel in observe mode
-// once its namespace enforces. New connections are refused by the proxy's new
-// listener; those of the old one would live until the proxy has drained it.
+// plaintext ends connections that a new state refuses and that no policy of a
+// tunnel ends: those that reached a workload without one, once its namespace
+// enforces, and all of a workload that is quarantined, also those that it
+// opened itself. New connections are refused by the proxy's new listener; those
+// of the old one would live until the proxy has drained it.
 type plaintext struct {
 	log     *slog.Logger
 	sockets func(netns string) ([]capture.Socket, error)
 	destroy func(netns string, local, remote netip.AddrPort) error
 
-	// done is, by network namespace that enforces, when to stop looking: a
-	// while after the proxy has its new listener. Zero: it does not have it.
-	// Owned by the goroutine that captures.
-	done map[string]time.Time
+	// done is, by what is refused, when to stop looking: a while after the
+	// proxy has its new listener. Zero: it does not have it. Owned by the
+	// goroutine that captures.
+	done map[refusal]time.Time
 
 	mu    sync.Mutex
-	ended map[string]time.Time // guarded by mu; when, by workload and caller
+	ended map[string]closed // guarded by mu; by workload and caller
+}
+
+// refusal is what is refused in a network namespace: what comes to one of the
+// proxy's ports there.
+type refusal struct {
+	netns string
+	port  uint16
+	why   string
+}
+
+// closed is a connection that was ended from here.
+type closed struct {
+	at  time.Time
+	why string
 }
 
 // swapTime is how long the proxy's old listener may still accept after the
@@ -37,52 +54,66 @@ const swapTime = 2 * time.Second
 func newPlaintext(log *slog.Logger) *plaintext {
 	return &plaintext{
 		log: log, sockets: capture.Sockets, destroy: capture.Destroy,
-		done: map[string]time.Time{}, ended: map[string]time.Time{},
+		done: map[refusal]time.Time{}, ended: map[string]closed{},
 	}
 }
 
 // look ends what the state refuses. settled says that the proxy works with
 // this very state.
 func (p *plaintext) look(s *nodeState, settled bool, now time.Time) {
-	done := map[string]time.Time{}
+	done := map[refusal]time.Time{}
 	for i := range s.workloads {
 		w := &s.workloads[i]
-		if w.Capture == nil || s.modes[w.Namespace] != mesh.ModeEnforce {
-			continue
-		}
-		until := p.done[w.Capture.NetNS]
-		if until.IsZero() && settled {
-			until = now.Add(swapTime)
-		}
-		done[w.Capture.NetNS] = until
-		if until.IsZero() || now.Before(until) {
-			p.end(w, now)
+		for _, r := range refusals(s, w) {
+			until := p.done[r]
+			if until.IsZero() && settled {
+				until = now.Add(swapTime)
+			}
+			done[r] = until
+			if until.IsZero() || now.Before(until) {
+				p.end(w, r, now)
+			}
 		}
 	}
 	p.done = done
 }
 
-// end ends every connection that came without a tunnel.
-func (p *plaintext) end(w *mesh.Workload, now time.Time) {
-	sockets, err := p.sockets(w.Capture.NetNS)
+// refusals says what of a workload the state refuses.
+func refusals(s *nodeState, w *mesh.Workload) []refusal {
+	if w.Capture == nil || w.Capture.NetNS == "" {
+		return nil
+	}
+	if name, cut := s.model.Quarantined(w.ID); cut {
+		why := fmt.Sprintf("quarantined by %q", name)
+		return []refusal{{w.Capture.NetNS, mesh.PortInbound, why}, {w.Capture.NetNS, mesh.PortOutbound, why}}
+	}
+	if s.modes[w.Namespace] == mesh.ModeEnforce {
+		return []refusal{{w.Capture.NetNS, mesh.PortInbound, "the namespace enforces"}}
+	}
+	return nil
+}
+
+// end ends every connection that is refused.
+func (p *plaintext) end(w *mesh.Workload, r refusal, now time.Time) {
+	sockets, err := p.sockets(r.netns)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
-			p.log.Error("plaintext connections cannot be looked for", "to", w.Key(), "error", err)
+			p.log.Error("connections that are refused cannot be looked for", "workload", w.Key(), "error", err)
 		}
 		return
 	}
 	for _, s := range sockets {
-		if s.Local.Port() != mesh.PortInbound || s.State != capture.Established && s.State != capture.CloseWait {
+		if s.Local.Port() != r.port || s.State != capture.Established && s.State != capture.CloseWait {
 			continue
 		}
-		switch err := p.destroy(w.Capture.NetNS, s.Local, s.Remote); {
+		switch err := p.destroy(r.netns, s.Local, s.Remote); {
 		case err == nil:
 			p.mu.Lock()
-			p.ended[caller(w.Key(), s.Remote.String())] = now
+			p.ended[caller(w.Key(), s.Remote.String())] = closed{now, r.why}
 			p.mu.Unlock()
-			p.log.Info("plaintext connection ended, the namespace enforces", "to", w.Key(), "from", s.Remote)
+			p.log.Info("connection ended", "because", r.why, "workload", w.Key(), "from", s.Remote)
 		case !errors.Is(err, capture.ErrNotFound): // not found: it ended by itself
-			p.log.Error("a plaintext connection that is no longer allowed could not be ended", "to", w.Key(), "from", s.Remote, "error", err)
+			p.log.Error("a connection that is no longer allowed could not be ended", "workload", w.Key(), "from", s.Remote, "error", err)
 		}
 	}
 }
@@ -91,19 +122,23 @@ func (p *plaintext) end(w *mesh.Workload, now time.Time) {
 // was ended from here.
 func (p *plaintext) see(e *audit.Event) {
 	r := &e.Record
-	if r.Transport != "plaintext" || r.Side != audit.Destination || r.Verdict != audit.Observed || !e.Final {
+	if !e.Final || r.Transport != "plaintext" || r.Verdict == audit.Denied {
 		return
+	}
+	workload := r.Destination.Workload
+	if r.Side == audit.Source {
+		workload = r.Source.Workload
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	key := caller(r.Destination.Workload, r.Source.Address)
-	if at, ok := p.ended[key]; ok && r.Start.Before(at) {
+	key := caller(workload, r.Source.Address)
+	if c, ok := p.ended[key]; ok && r.Start.Before(c.at) {
 		delete(p.ended, key)
 		r.Ended = "revoked"
-		r.Reason += "; revoked: the namespace enforces"
+		r.Reason += "; revoked: " + c.why
 	}
-	for k, at := range p.ended { // of connections whose end was never told
-		if r.End.Sub(at) > time.Minute {
+	for k, c := range p.ended { // of connections whose end was never told
+		if r.End.Sub(c.at) > time.Minute {
 			delete(p.ended, k)
 		}
 	}

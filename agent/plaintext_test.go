@@ -7,8 +7,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -75,5 +78,49 @@ func TestPlaintextEndsWhenEnforcing(t *testing.T) {
 		if p.see(c.e); c.e.Record.Ended != c.want {
 			t.Errorf("%s, %s: ended %q, want %q", c.e.Record.Source.Address, c.e.Record.Verdict, c.e.Record.Ended, c.want)
 		}
+	}
+}
+
+// TestQuarantineEndsPlaintext: what a quarantined workload has open without a
+// tunnel ends too, in an observed namespace as well, both what it accepted and
+// what it opened itself; the audit says why.
+func TestQuarantineEndsPlaintext(t *testing.T) {
+	p := newPlaintext(slog.New(slog.DiscardHandler))
+	p.sockets = func(string) ([]capture.Socket, error) {
+		var all []capture.Socket
+		for i, port := range []uint16{mesh.PortInbound, mesh.PortOutbound, mesh.PortTunnel, 5432} {
+			all = append(all, capture.Socket{
+				Local:  netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), port),
+				Remote: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.9"), uint16(1001+i)), State: capture.Established,
+			})
+		}
+		return all, nil
+	}
+	var ended []string
+	p.destroy = func(_ string, _, remote netip.AddrPort) error {
+		ended = append(ended, remote.String())
+		return nil
+	}
+	now := time.Now()
+	s := stateWith(mesh.ModeObserve)
+	p.look(s, true, now)
+	if len(ended) > 0 {
+		t.Fatalf("ended %v without a quarantine", ended)
+	}
+	cut, err := authz.ParsePattern("spiffe://mesh.test/ns/shop/sa/db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.model = s.model.WithQuarantines(spiffeid.RequireTrustDomainFromString("mesh.test"), []authz.Quarantine{{Name: "leak", Identities: []authz.Pattern{cut}}})
+	p.look(s, true, now)
+	if want := []string{"10.0.0.9:1001", "10.0.0.9:1002"}; !slices.Equal(ended, want) {
+		t.Errorf("ended %v, want %v", ended, want)
+	}
+	e := &audit.Event{Final: true, Record: audit.Record{
+		Side: audit.Source, Transport: "plaintext", Verdict: audit.Allowed, Start: now.Add(-time.Second),
+		Source: audit.Party{Workload: "shop/db", Address: "10.0.0.9:1002"},
+	}}
+	if p.see(e); e.Record.Ended != "revoked" {
+		t.Errorf("the record says %+v", e.Record)
 	}
 }

@@ -20,16 +20,17 @@ import (
 // observed namespace would let it all through.
 func TestQuarantineCutsBothWays(t *testing.T) {
 	m := harness.Start(t, harness.Options{
-		Pods: map[string]string{"client": "10.88.0.10", "second": "10.88.0.11", "server": "10.88.0.12"},
+		Pods: map[string]string{"client": "10.88.0.10", "second": "10.88.0.11", "server": "10.88.0.12", "outside": "10.88.0.13"},
 		Documents: map[string]string{"mesh.yaml": harness.Config("20s") + harness.Namespace("shop", "observe") +
 			harness.Workload("shop", "client", "10.88.0.10") + harness.Workload("shop", "second", "10.88.0.11") +
 			harness.Workload("shop", "server", "10.88.0.12")},
 	})
 	serve(t, m.Pod("server"), ":8080", echo)
 	serve(t, m.Pod("client"), ":8080", echo)
-	open := func(from string) net.Conn {
+	serve(t, m.Pod("outside"), ":8080", echo)
+	open := func(from, to string) net.Conn {
 		t.Helper()
-		c, err := m.Pod(from).Dial(t.Context(), "tcp", "10.88.0.12:8080")
+		c, err := m.Pod(from).Dial(t.Context(), "tcp", to+":8080")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -39,7 +40,9 @@ func TestQuarantineCutsBothWays(t *testing.T) {
 		}
 		return c
 	}
-	cut, neighbour := open("client"), open("second")
+	cut, neighbour := open("client", "10.88.0.12"), open("second", "10.88.0.12")
+	// Not of the mesh, so no tunnel's policy ends it.
+	leak := open("client", "10.88.0.13")
 	// Also the first audit line of both has been read by then.
 	m.Eventually(5*time.Second, "both connections to be known", func() error {
 		if n := len(m.Records(adminclient.AuditQuery{Verdicts: []audit.Verdict{audit.Observed}})); n < 2 {
@@ -59,6 +62,12 @@ spec: {serviceAccounts: [shop/client], reason: stolen token}
 	t.Logf("the open connection ended %s after the edit: %d bytes, %v", time.Since(began).Round(time.Millisecond), n, err)
 	if took := time.Since(began); n != 0 || took > 3*time.Second {
 		t.Errorf("the open connection of the quarantined workload ended after %s", took)
+	}
+	_ = leak.SetReadDeadline(began.Add(10 * time.Second))
+	n, err = leak.Read(make([]byte, 1))
+	t.Logf("the open connection out of the mesh ended %s after the edit: %d bytes, %v", time.Since(began).Round(time.Millisecond), n, err)
+	if took := time.Since(began); n != 0 || took > 3*time.Second {
+		t.Errorf("an open plaintext connection of a quarantined workload lived on for %s", took)
 	}
 	for from, to := range map[string]string{"client": "10.88.0.12:8080", "second": "10.88.0.10:8080"} {
 		m.Eventually(5*time.Second, "a connection from "+from+" to be refused", func() error {
