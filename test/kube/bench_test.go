@@ -442,3 +442,15 @@ func (b *bench) audit(args ...string) []record {
 func id(namespace, account string) string {
 	return "spiffe://" + trustDomain + "/ns/" + namespace + "/sa/" + account
 }
+
+// exitCode is a command's, 0 if it succeeded, -1 if it did not run.
+func exitCode(err error) int {
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
+		return exit.ExitCode()
+	}
+	return -1
+}
