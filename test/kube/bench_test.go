@@ -310,11 +310,15 @@ type answer struct {
 // dial has a pod call an address once, and returns what it says.
 func (b *bench) dial(namespace, name, address string) answer {
 	b.Helper()
-	out, err := b.try("-n", namespace, "exec", name, "--", "/usr/bin/testpod", "dial", address, "--timeout=5s")
+	ctx, cancel := context.WithTimeout(b.Context(), time.Minute)
+	defer cancel()
+	cmd := b.command(ctx, "kubectl", "-n", namespace, "exec", name, "--", "/usr/bin/testpod", "dial", address, "--timeout=5s")
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
 	var a answer
-	dec := json.NewDecoder(strings.NewReader(out))
-	if jerr := dec.Decode(&a); jerr != nil {
-		b.Fatalf("testpod dial in %s/%s: %v: %v\n%s", namespace, name, err, jerr, out)
+	if jerr := json.Unmarshal(out, &a); jerr != nil {
+		b.Fatalf("testpod dial in %s/%s: %v: %v\n%s%s", namespace, name, err, jerr, out, said.String())
 	}
 	return a
 }

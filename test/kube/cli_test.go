@@ -65,6 +65,11 @@ func TestOperator(t *testing.T) {
 		&pod{namespace: shop, name: "client", account: "client", args: []string{"hold"}},
 	)
 	b.refused(shop, "client", "server."+shop+":8080")
+	b.mode(shop, "observe")
+	b.served(shop, "client", "server."+shop+":8080", "server")
+	b.mode(shop, "enforce")
+	b.waitStatus(shop, "enforce: 2 of 2 pods enrolled")
+	b.refused(shop, "client", "server."+shop+":8080")
 
 	operator, nobody := b.as(shop, "operator", bound(shop, "operator")), b.as(shop, "nobody", "")
 	t.Cleanup(func() { b.unbind(shop, "operator") })
@@ -95,7 +100,7 @@ func TestOperator(t *testing.T) {
 			return ""
 		})
 		out, err := ask(nobody, c.args...)
-		if code := exitCode(err); code == 0 || !strings.Contains(out, "forbidden") && !strings.Contains(out, "not allowed") {
+		if code := exitCode(err); code == 0 || !strings.Contains(out, "forbidden") && !strings.Contains(out, "you may not") {
 			t.Errorf("kubectl signet %q without a role: exit code %d:\n%s", c.args, code, out)
 		}
 	}
