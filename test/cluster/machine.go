@@ -177,6 +177,8 @@ func (m *machine) dial(ctx context.Context, network, addr string) (conn net.Conn
 // setServices says what the machine is to run, and returns when it does and
 // nothing else of its services is left.
 func (m *machine) setServices(ctx context.Context, services []spec.Service) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, settleTime, fmt.Errorf("%s is over", settleTime))
+	defer cancel()
 	pid, err := m.pid()
 	if err != nil {
 		return err
@@ -202,6 +204,9 @@ func (m *machine) setServices(ctx context.Context, services []spec.Service) erro
 		return nil
 	})
 }
+
+// settleTime bounds how long a machine's services take to start and end.
+const settleTime = 2 * time.Minute
 
 // changeServices changes which of a node's services run.
 func (m *machine) changeServices(ctx context.Context, change func(running []string) ([]string, error)) error {

@@ -27,6 +27,7 @@ type supervisor struct {
 	wanted     []spec.Service
 	running    map[int]*process
 	notBefore  map[string]time.Time // by service: when it may start again
+	signals    chan os.Signal
 }
 
 type process struct {
@@ -34,20 +35,22 @@ type process struct {
 	kill time.Time // when to kill it; zero: it is to run
 }
 
+// newSupervisor takes signals from now on: whoever is told that the machine is
+// ready sends one at once, and the first process of a machine ignores what it
+// has no handler for.
 func newSupervisor(dir *os.Root) (*supervisor, error) {
-	s := &supervisor{dir: dir, running: map[int]*process{}, notBefore: map[string]time.Time{}}
+	s := &supervisor{dir: dir, running: map[int]*process{}, notBefore: map[string]time.Time{}, signals: make(chan os.Signal, 16)}
+	signal.Notify(s.signals, syscall.SIGHUP, syscall.SIGCHLD, syscall.SIGTERM)
 	return s, s.report()
 }
 
 func (s *supervisor) run() error {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGCHLD, syscall.SIGTERM)
 	// A lost SIGCHLD, for there may be many, is made up for; so are deadlines.
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
 		select {
-		case sig := <-signals:
+		case sig := <-s.signals:
 			switch sig {
 			case syscall.SIGTERM:
 				return nil
