@@ -84,6 +84,19 @@ test-cluster: root deps-debian kube-tools images ## Run the end-to-end tests on 
 cluster: root deps-debian kube-tools ## Start a real Kubernetes cluster of two nodes on this machine
 	@$(GO) run ./test/cluster/clusterctl up
 
+.PHONY: cluster-install
+cluster-install: PLATFORMS := linux/$(shell $(GO) env GOARCH)
+cluster-install: root images test-images build ## Install this VERSION of Signet, and the images of examples/shop, into make cluster
+	@$(GO) run ./test/cluster/clusterctl load .cache/images/signet-*.tar .cache/test-images/*.tar
+	@ln -sf signet bin/kubectl-signet
+	@kubectl="$(KUBE_BIN)/kubectl --kubeconfig=.cache/cluster/kubeconfig"; \
+	  $$kubectl apply --server-side -f deploy/manifests/crds.yaml; \
+	  $$kubectl wait --for=condition=Established crd --all --timeout=1m >/dev/null; \
+	  sed 's/:v0\.1\.0$$/:$(VERSION)/; s/cluster\.local/mesh.example/' deploy/manifests/signet.yaml | $$kubectl apply -f -; \
+	  for what in deployment/signet-control daemonset/signet-agent daemonset/signet-proxy; do \
+	    $$kubectl -n signet-system rollout status $$what --timeout=2m; done
+	@echo "To use it:"; $(GO) run ./test/cluster/clusterctl env; echo "export PATH=$(CURDIR)/bin:\$$PATH"
+
 .PHONY: cluster-down
 cluster-down: root ## Remove the cluster of make cluster; nothing of it stays
 	@$(GO) run ./test/cluster/clusterctl down

@@ -22,7 +22,7 @@ const usage = `usage: clusterctl [flags] COMMAND
   down                      remove it
   status                    show its machines and nodes
   reboot NODE               cut the power of a node, and start it
-  load FILE                 import an image archive into every node
+  load FILE...              import image archives into every node
   shell NODE [-- CMD ARG]   run a command inside of a node; bash if none is named
   env                       print what a shell needs for kubectl
 
@@ -79,8 +79,13 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 	case command == "env" && len(args) == 0:
 		_, err := fmt.Fprint(out, environment(c))
 		return err
-	case command == "load" && len(args) == 1:
-		return c.LoadImage(ctx, args[0])
+	case command == "load" && len(args) > 0:
+		for _, archive := range args {
+			if err := c.LoadImage(ctx, archive); err != nil {
+				return err
+			}
+		}
+		return nil
 	case command == "reboot" && len(args) == 1:
 		n, err := node(c, args[0])
 		if err != nil {
