@@ -54,9 +54,21 @@ func (b *bench) install() {
 // ready waits until every part of the release is.
 func (b *bench) ready() {
 	b.Helper()
-	for _, what := range []string{"deployment/signet-control", "daemonset/signet-agent", "daemonset/signet-proxy"} {
+	for _, what := range []string{"deployment/signet-control", "daemonset/signet-agent"} {
 		b.kubectl("-n", system, "rollout", "status", what, "--timeout=2m")
 	}
+	b.eventually(2*time.Minute, func() string { // an old proxy may still hold streams
+		ready := 0
+		for _, ok := range b.parts("proxy") {
+			if ok {
+				ready++
+			}
+		}
+		if want := len(b.cluster.Nodes()); ready != want {
+			return fmt.Sprintf("%d proxies are ready, want %d", ready, want)
+		}
+		return ""
+	})
 	b.kubectl("wait", "--for=condition=Accepted", "meshconfig/mesh", "--timeout=1m")
 }
 

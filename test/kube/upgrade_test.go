@@ -3,8 +3,13 @@ package kube
 import (
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // loaded is callers under load: one on the server's node and one on the other.
@@ -48,7 +53,7 @@ func (l *loaded) steady(limit time.Duration) {
 		for _, name := range []string{"near", "far"} {
 			each, total := l.loads(l.namespace, name, from)
 			if len(each) < 2 || total.OK == 0 || total.Failed+total.StreamFailed > 0 || each[len(each)-1].Streams != streams {
-				if len(each) > 0 {
+				if total.Failed+total.StreamFailed > 0 {
 					from = time.Now()
 				}
 				return fmt.Sprintf("%s is not under steady load: %+v", name, total)
@@ -73,11 +78,52 @@ func (l *loaded) judge(what string) {
 	l.since = time.Now()
 }
 
-// roll replaces a part of the release pod by pod, as an upgrade does.
-func (b *bench) roll(what string) {
+// roll replaces a part of the release ("agent", "proxy", "control") pod by pod,
+// as an upgrade does, and returns when the new pods are ready. `kubectl rollout
+// status` would wait for the old ones of the proxy, which end with their last
+// connection.
+func (b *bench) roll(component string) {
 	b.Helper()
-	b.kubectl("-n", system, "rollout", "restart", what)
-	b.kubectl("-n", system, "rollout", "status", what, "--timeout=4m")
+	kind, want := "daemonset", len(b.cluster.Nodes())
+	if component == "control" {
+		kind = "deployment"
+		d, err := b.client.AppsV1().Deployments(system).Get(b.Context(), "signet-control", metav1.GetOptions{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		want = int(*d.Spec.Replicas)
+	}
+	before := b.parts(component)
+	b.kubectl("-n", system, "rollout", "restart", kind+"/signet-"+component)
+	b.eventually(3*time.Minute, func() string {
+		ready := 0
+		for uid, ok := range b.parts(component) {
+			if _, old := before[uid]; !old && ok {
+				ready++
+			}
+		}
+		if ready < want {
+			return fmt.Sprintf("%d new pods of the %s are ready, want %d", ready, component, want)
+		}
+		return ""
+	})
+}
+
+// parts has the pods of a component by UID, and whether each is ready and stays.
+func (b *bench) parts(component string) map[types.UID]bool {
+	b.Helper()
+	pods, err := b.client.CoreV1().Pods(system).List(b.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
+	if err != nil {
+		b.Fatal(err)
+	}
+	out := map[types.UID]bool{}
+	for i := range pods.Items {
+		p := &pods.Items[i]
+		out[p.UID] = p.DeletionTimestamp == nil && slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+			return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+		})
+	}
+	return out
 }
 
 // An upgrade of the agent, of Envoy or of the control plane fails no new
@@ -90,32 +136,23 @@ func TestUpgradeUnderLoad(t *testing.T) {
 		rounds = 10
 	}
 	for round := range rounds {
-		for _, what := range []string{"daemonset/signet-proxy", "daemonset/signet-agent", "deployment/signet-control"} {
+		for _, what := range []string{"proxy", "agent", "control"} {
 			b.roll(what)
-			l.judge(fmt.Sprintf("round %d, %s", round+1, what))
+			l.judge(fmt.Sprintf("round %d, the %s", round+1, what))
 		}
 	}
 	// The streams live in the proxies of before; each is in Terminating, and
 	// ends with the last of them.
-	pods := b.kubectl("-n", system, "get", "pods", "-l", "app.kubernetes.io/component=proxy", "-o", "name")
-	t.Logf("proxies that hold streams, and the newest:\n%s", pods)
+	n := len(b.parts("proxy"))
+	t.Logf("%d proxies run, %d of them only for streams from before", n, n-2)
+	if n < 4 {
+		t.Error("no proxy of before is left, though its streams are open")
+	}
 	b.kubectl("-n", l.namespace, "delete", "pod", "near", "far", "server", "--wait=true")
 	b.eventually(time.Minute, func() string {
-		if n := b.proxies(); n != 2 {
+		if n := len(b.parts("proxy")); n != 2 {
 			return fmt.Sprintf("%d proxies are left, want one on each node", n)
 		}
 		return ""
 	})
-}
-
-// proxies counts the pods of proxies.
-func (b *bench) proxies() int {
-	b.Helper()
-	n := 0
-	for _, r := range b.kubectl("-n", system, "get", "pods", "-l", "app.kubernetes.io/component=proxy", "-o", "name") {
-		if r == '\n' {
-			n++
-		}
-	}
-	return n
 }
