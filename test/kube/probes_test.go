@@ -21,7 +21,7 @@ func probedPod(namespace, name, node string) *pod {
 		more: []string{
 			"ports: [{name: web, containerPort: 8080}]",
 			"startupProbe: {grpc: {port: 8082}, periodSeconds: 1, failureThreshold: 30}",
-			"readinessProbe: {httpGet: {path: /healthz, port: web}, periodSeconds: 1, failureThreshold: 1}",
+			"readinessProbe: {httpGet: {path: /healthz, port: web}, periodSeconds: 1, failureThreshold: 3}",
 			"livenessProbe: {tcpSocket: {port: 8081}, periodSeconds: 1, failureThreshold: 3}",
 			"lifecycle: {preStop: {exec: {command: [busybox, 'true']}}}",
 		},
