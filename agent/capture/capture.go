@@ -5,24 +5,27 @@
 //
 // One nftables table, "inet signet", in each captured namespace:
 //
-//   - output: IPv4 TCP to anything but the namespace itself is redirected to
+//   - output: TCP to anything but the namespace itself is redirected to
 //     the proxy's outbound port, except from sockets with the proxy's mark.
-//   - input: IPv4 TCP from outside is redirected to the proxy's port for
+//   - input: TCP from outside is redirected to the proxy's port for
 //     connections without a tunnel, except to the tunnel port. There is no
 //     exception for a mark here: marks do not cross namespaces, so nothing
 //     honest would need it.
 //     The one exception are the declared probe ports, from ProbeSource.
 //   - the proxy's own connections to its capture ports in the same namespace
 //     are refused, so that a tunnel which asks for those ports cannot loop.
-//   - IPv4 TCP that was not redirected, although it should have been, is
+//   - TCP that was not redirected, although it should have been, is
 //     refused in both directions: the kernel redirects a connection by its
 //     first packet, so one that it tracked before, or a new one on the ports
 //     of such, would slip by.
-//   - IPv6 TCP from or to the outside is refused in both directions, open
-//     connections included, since the proxy listens on IPv4 only. Neighbour
-//     discovery (ICMPv6) and IPv6 on loopback work.
 //   - Other protocols (UDP, SCTP, ICMP) are left alone: they are neither
 //     protected nor recorded.
+//
+// All of it holds for IPv4 and IPv6 alike. In a namespace where the proxy
+// listens on IPv4 only, since it has no IPv6 address by which others reach it,
+// or where IPv6 is switched off on loopback, what arrives or leaves by IPv6 is
+// led to a port that nobody listens on, and so refused. Link-local addresses
+// are no exception. Neighbour discovery is ICMPv6, and works.
 //
 // Connections inside the namespace (loopback, or its own addresses) are left
 // alone.

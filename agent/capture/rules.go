@@ -35,45 +35,44 @@ func ruleset(o Options) []chain {
 	var probesNAT, probesFilter []rule
 	for _, port := range o.ports() {
 		about := fmt.Sprintf("probes of port %d", port)
-		probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Address(nft.SourceAt, ProbeSource), toPort(port), nft.Done())})
-		probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Address(nft.SourceAt, ProbeSource), toPort(port), nft.Direction(nft.Original), nft.Done())})
+		from := slices.Concat(nft.Family(ProbeSource), nft.TCP(), nft.Source(ProbeSource), toPort(port))
+		probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(from, nft.Done())})
+		probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(from, nft.Direction(nft.Original), nft.Done())})
 	}
 	return []chain{
 		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
-			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(expr.CmpOpEq), nft.Done())},
-			{Comment: "outbound", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), redirect(mesh.PortOutbound))},
+			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
+			{Comment: "outbound", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortOutbound))},
 		}},
 		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat([]rule{
-			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(expr.CmpOpEq), nft.Done())},
+			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(), nft.Done())},
 		}, probesNAT, []rule{
-			{Comment: "tunnels", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
-			{Comment: "inbound without a tunnel", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), redirect(mesh.PortInbound))},
+			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
+			{Comment: "inbound without a tunnel", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortInbound))},
 		})},
 		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: []rule{
-			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(expr.CmpOpEq), nft.TCP(), toPort(mesh.PortOutbound), nft.Reset())},
-			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(expr.CmpOpEq), nft.TCP(), toPort(mesh.PortInbound), nft.Reset())},
+			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(), nft.TCP(), toPort(mesh.PortOutbound), nft.Reset())},
+			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(), nft.TCP(), toPort(mesh.PortInbound), nft.Reset())},
 			{Comment: "resets may leave", Exprs: slices.Concat(nft.TCP(), nft.Resets(), nft.Done())},
-			{Comment: "no IPv6 past the proxy", Exprs: slices.Concat(ipv6(), nft.TCP(), toLoopback(expr.CmpOpNeq), nft.Reset())},
 			// The kernel redirects a connection by its first packet only.
 			// What it took for a part of an older one is caught here.
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
-			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(expr.CmpOpEq), nft.Done())},
+			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
 			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), translated(), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
+			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
+			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
 		}},
 		{Name: "input_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
-			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(expr.CmpOpEq), nft.Done())},
-			{Comment: "no IPv6 past the proxy", Exprs: slices.Concat(ipv6(), nft.TCP(), nft.Reset())},
+			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(), nft.Done())},
 		}, probesFilter, []rule{
-			{Comment: "redirected", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortInbound), nft.Done())},
-			{Comment: "tunnels", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
+			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortInbound), nft.Done())},
+			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
+			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
 			// Not reset: a stray packet must not end the proxy's connection.
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
+			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
 		})},
 	}
 }
@@ -82,16 +81,12 @@ func mark() []expr.Any {
 	return nft.Meta(expr.MetaKeyMARK, expr.CmpOpEq, nft.Native(mesh.SocketMark))
 }
 
-func toLoopback(op expr.CmpOp) []expr.Any {
-	return nft.Meta(expr.MetaKeyOIF, op, nft.Native(loopbackIndex))
+func toLoopback() []expr.Any {
+	return nft.Meta(expr.MetaKeyOIF, expr.CmpOpEq, nft.Native(loopbackIndex))
 }
 
-func fromLoopback(op expr.CmpOp) []expr.Any {
-	return nft.Meta(expr.MetaKeyIIF, op, nft.Native(loopbackIndex))
-}
-
-func ipv6() []expr.Any {
-	return nft.Meta(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{unix.NFPROTO_IPV6})
+func fromLoopback() []expr.Any {
+	return nft.Meta(expr.MetaKeyIIF, expr.CmpOpEq, nft.Native(loopbackIndex))
 }
 
 func toPort(port uint16) []expr.Any {

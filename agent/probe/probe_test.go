@@ -153,7 +153,7 @@ func TestBesideKubeProxy(t *testing.T) {
 	})
 	out := c.AddChain(&nftables.Chain{Name: "out", Table: kube, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest})
 	c.AddRule(&nftables.Rule{Table: kube, Chain: out, Exprs: []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt, Len: 4},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt(podA), Len: 4},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{10, 96, 0, 1}},
 		&expr.Immediate{Register: 1, Data: podA.AsSlice()},
 		&expr.NAT{Type: expr.NATTypeDestNAT, Family: 2, RegAddrMin: 1},

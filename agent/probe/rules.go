@@ -49,20 +49,20 @@ func ruleset(w *who) []nft.Chain {
 	before := func(p *nftables.ChainPriority) *nftables.ChainPriority { return nftables.ChainPriorityRef(*p - 1) }
 	return []nft.Chain{
 		{Name: "claimed", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw, Rules: []nft.Rule{
-			{Comment: "nobody else has this source", Exprs: slices.Concat(nft.IPv4(), fromProbe(), nft.Drop())},
+			{Comment: "nobody else has this source", Exprs: slices.Concat(ipv4(), fromProbe(), nft.Drop())},
 		}},
 		{Name: "answers", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle, Rules: []nft.Rule{
-			{Comment: "answers to the kubelet", Exprs: slices.Concat(nft.IPv4(), toProbe(), nft.Direction(nft.Reply), labelled(), nft.Done())},
-			{Comment: "answers to a forged source", Exprs: slices.Concat(nft.IPv4(), toProbe(), nft.TCP(), nft.Reset())},
-			{Comment: "nothing else", Exprs: slices.Concat(nft.IPv4(), toProbe(), nft.Drop())},
+			{Comment: "answers to the kubelet", Exprs: slices.Concat(ipv4(), toProbe(), nft.Direction(nft.Reply), labelled(), nft.Done())},
+			{Comment: "answers to a forged source", Exprs: slices.Concat(ipv4(), toProbe(), nft.TCP(), nft.Reset())},
+			{Comment: "nothing else", Exprs: slices.Concat(ipv4(), toProbe(), nft.Drop())},
 		}},
 		{Name: "kubelet", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityMangle, Rules: append([]nft.Rule{
-			{Comment: "resets of forged connections", Exprs: slices.Concat(nft.IPv4(), fromProbe(), nft.TCP(), nft.Resets(), nft.Done())},
-			{Comment: "nobody else has this source", Exprs: slices.Concat(nft.IPv4(), fromProbe(), nft.Drop())},
+			{Comment: "resets of forged connections", Exprs: slices.Concat(ipv4(), fromProbe(), nft.TCP(), nft.Resets(), nft.Done())},
+			{Comment: "nobody else has this source", Exprs: slices.Concat(ipv4(), fromProbe(), nft.Drop())},
 		}, w.rules()...)},
 		// Before kube-proxy and the CNI plugins change the source.
 		{Name: "source", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPostrouting, Priority: before(nftables.ChainPriorityNATSource), Rules: []nft.Rule{
-			{Comment: "the kubelet's connections", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), labelled(), snat())},
+			{Comment: "the kubelet's connections", Exprs: slices.Concat(ipv4(), nft.TCP(), labelled(), snat())},
 		}},
 	}
 }
@@ -81,24 +81,26 @@ func bridgeRuleset() []nft.Chain {
 // rules label the kubelet's connections.
 func (w *who) rules() []nft.Rule {
 	if w.kind == Root {
-		return []nft.Rule{{Comment: rootComment, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), probed(), nft.Meta(expr.MetaKeySKUID, expr.CmpOpEq, nft.Native(0)), setLabel())}}
+		return []nft.Rule{{Comment: rootComment, Exprs: slices.Concat(ipv4(), nft.TCP(), probed(), nft.Meta(expr.MetaKeySKUID, expr.CmpOpEq, nft.Native(0)), setLabel())}}
 	}
 	return []nft.Rule{
 		// A socket in the kubelet's cgroup itself has no ancestor at the next
 		// level, and then the expression does not match.
-		{Comment: "below the kubelet's cgroup", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), probed(), cgroup(w.level+1, expr.CmpOpNeq, 0), nft.Done())},
-		{Comment: "probes by the kubelet", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), probed(), cgroup(w.level, expr.CmpOpEq, w.id), setLabel())},
+		{Comment: "below the kubelet's cgroup", Exprs: slices.Concat(ipv4(), nft.TCP(), probed(), cgroup(w.level+1, expr.CmpOpNeq, 0), nft.Done())},
+		{Comment: "probes by the kubelet", Exprs: slices.Concat(ipv4(), nft.TCP(), probed(), cgroup(w.level, expr.CmpOpEq, w.id), setLabel())},
 	}
 }
 
-func fromProbe() []expr.Any { return nft.Address(nft.SourceAt, capture.ProbeSource) }
+func ipv4() []expr.Any { return nft.Family(capture.ProbeSource) }
 
-func toProbe() []expr.Any { return nft.Address(nft.DestinationAt, capture.ProbeSource) }
+func fromProbe() []expr.Any { return nft.Source(capture.ProbeSource) }
+
+func toProbe() []expr.Any { return nft.Destination(capture.ProbeSource) }
 
 // probed matches connections to a member of the set.
 func probed() []expr.Any {
 	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt, Len: 4},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt(capture.ProbeSource), Len: 4},
 		&expr.Payload{DestRegister: register9, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		&expr.Lookup{SourceRegister: 1, SetName: setName},
 	}
