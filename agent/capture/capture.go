@@ -24,8 +24,10 @@
 // All of it holds for IPv4 and IPv6 alike. In a namespace where the proxy
 // listens on IPv4 only, since it has no IPv6 address by which others reach it,
 // or where IPv6 is switched off on loopback, what arrives or leaves by IPv6 is
-// led to a port that nobody listens on, and so refused. Link-local addresses
-// are no exception. Neighbour discovery is ICMPv6, and works.
+// led to a port that nobody listens on, and so refused. What is dialled by a
+// link-local address (fe80::/10) is refused always: the proxy could not tell
+// whose it is. What arrives by one is led to the proxy. Neighbour discovery is
+// ICMPv6, and works.
 //
 // Connections inside the namespace (loopback, or its own addresses) are left
 // alone.

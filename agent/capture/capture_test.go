@@ -122,7 +122,9 @@ func originalDst(c net.Conn) string {
 	if err != nil {
 		return err.Error()
 	}
-	if out == c.LocalAddr().String() {
+	local := *c.LocalAddr().(*net.TCPAddr)
+	local.Zone = ""
+	if out == local.String() {
 		return "-" // tracked, but not redirected
 	}
 	return out

@@ -55,6 +55,23 @@ func TestIPv6Inbound(t *testing.T) {
 	reaches(t, p.b, net.Dialer{}, "[fd00::2]:8080", "app -")
 }
 
+// Defends: a neighbour's link-local address is no way past the proxy: dialling
+// it is refused, and at once. The namespace's own is left alone.
+func TestIPv6LinkLocal(t *testing.T) {
+	p := newPair(t)
+	proxyOn(t, p.a, "tcp6")
+	serve(t, p.a, "tcp", ":8080", "app")
+	serve(t, p.b, "tcp", ":8080", "app")
+	far, own := "["+linkLocal(t, p.b)+"%eth0]:8080", "["+linkLocal(t, p.a)+"%eth0]:8080"
+	reaches(t, p.a, net.Dialer{}, far, "app -")
+	apply(t, p.a)
+	reaches(t, p.a, net.Dialer{}, far, "refused")
+	reaches(t, p.a, net.Dialer{}, own, "app -")
+	without(t, p.a, "output_filter", "nothing past the proxy")
+	without(t, p.a, "output_filter", "nothing untracked")
+	reaches(t, p.a, net.Dialer{}, far, "app -")
+}
+
 // linkLocal returns the address of eth0 that begins with fe80.
 func linkLocal(t *testing.T, p *lab.Pod) string {
 	t.Helper()

@@ -3,6 +3,7 @@ package capture
 import (
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -43,6 +44,9 @@ func ruleset(o Options) []chain {
 		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
 			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
+			// A socket that dialled one is bound to the interface, and would not
+			// hear from the proxy on loopback. What is not redirected is refused.
+			{Comment: "link-local", Exprs: slices.Concat(nft.TCP(), toLinkLocal(), nft.Done())},
 			{Comment: "outbound", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortOutbound))},
 		}},
 		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat([]rule{
@@ -94,6 +98,15 @@ func toPort(port uint16) []expr.Any {
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.BigEndian.AppendUint16(nil, port)},
 	}
+}
+
+// toLinkLocal matches packets to fe80::/10.
+func toLinkLocal() []expr.Any {
+	return slices.Concat(nft.Family(netip.IPv6Unspecified()), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt(netip.IPv6Unspecified()), Len: 2},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 2, Mask: []byte{0xff, 0xc0}, Xor: []byte{0, 0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0xfe, 0x80}},
+	})
 }
 
 // translated matches connections whose destination the kernel changed.
