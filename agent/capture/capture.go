@@ -11,7 +11,8 @@
 //     connections without a tunnel, except to the tunnel port. There is no
 //     exception for a mark here: marks do not cross namespaces, so nothing
 //     honest would need it.
-//     The one exception are the declared probe ports, from ProbeSource.
+//     The one exception are the declared probe ports, from the sources of
+//     probes.
 //   - the proxy's own connections to its capture ports in the same namespace
 //     are refused, so that a tunnel which asks for those ports cannot loop.
 //   - TCP that was not redirected, although it should have been, is
@@ -44,9 +45,9 @@
 // # Probes
 //
 // The node's kubelet knows nothing of tunnels. Its connections, and no others,
-// arrive with the source ProbeSource: the node's own rules (package probe) see
-// to both. The rules here let that source in on the ports of Options.Probes
-// and nowhere else. A pod that talks to itself through its service is captured
+// arrive with the source ProbeSource, or ProbeSource6: the node's own rules
+// (package probe) see to both. The rules here let these sources in on the ports
+// of Options.Probes and nowhere else. A pod that talks to itself through its service is captured
 // outbound like any other, and connections of other processes of the node
 // arrive with the node's address, and so at the proxy's port.
 //
@@ -80,6 +81,11 @@ var (
 // ProbeSource is the source of the kubelet's connections as a pod sees them.
 // No interface has this link-local address, and nothing routes to it.
 var ProbeSource = netip.AddrFrom4([4]byte{169, 254, 150, 8})
+
+// ProbeSource6 is the same for IPv6. It is a unique local address and not a
+// link-local one: pods look for those among their neighbours, and would not
+// send their answers to the node.
+var ProbeSource6 = netip.MustParseAddr("fd73:6967:6e65:7400::9608")
 
 // Options is what differs from one captured namespace to the next.
 type Options struct {

@@ -33,12 +33,15 @@ type (
 
 // ruleset is what Apply writes and Verify expects, the saved chain apart.
 func ruleset(o Options) []chain {
+	// All rules but these hold for both families.
 	var probesNAT, probesFilter []rule
 	for _, port := range o.ports() {
 		about := fmt.Sprintf("probes of port %d", port)
-		from := slices.Concat(nft.Family(ProbeSource), nft.TCP(), nft.Source(ProbeSource), toPort(port))
-		probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(from, nft.Done())})
-		probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(from, nft.Direction(nft.Original), nft.Done())})
+		for _, source := range []netip.Addr{ProbeSource, ProbeSource6} {
+			from := slices.Concat(nft.Family(source), nft.TCP(), nft.Source(source), toPort(port))
+			probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(from, nft.Done())})
+			probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(from, nft.Direction(nft.Original), nft.Done())})
+		}
 	}
 	return []chain{
 		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{

@@ -79,7 +79,10 @@ func New(cfg Config) (*Lab, error) {
 	}
 	err := netlink.AddrAdd(l.bridge, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(l.gateway, subnet.Bits()))})
 	if err == nil && l.subnet6.IsValid() {
-		err = netlink.AddrAdd(l.bridge, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(l.six(l.gateway), l.subnet6.Bits())), Flags: unix.IFA_F_NODAD})
+		err = noDuplicates(l.bridge.Name)
+	}
+	if err == nil && l.subnet6.IsValid() {
+		err = netlink.AddrAdd(l.bridge, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(l.Gateway6(), l.subnet6.Bits())), Flags: unix.IFA_F_NODAD})
 	}
 	if err == nil {
 		err = netlink.LinkSetUp(l.bridge)
@@ -94,11 +97,27 @@ func New(cfg Config) (*Lab, error) {
 // as an unenrolled client on the node, have it.
 func (l *Lab) Gateway() netip.Addr { return l.gateway }
 
+// Gateway6 is the bridge's IPv6 address; not valid where the lab has no
+// Bridge6.
+func (l *Lab) Gateway6() netip.Addr {
+	if !l.subnet6.IsValid() {
+		return netip.Addr{}
+	}
+	return l.six(l.gateway)
+}
+
 // six is the IPv6 address of a host of the IPv4 subnet.
 func (l *Lab) six(host netip.Addr) netip.Addr {
 	base, four, out := l.subnet.Addr().As4(), host.As4(), l.subnet6.Addr().As16()
 	out[14], out[15] = four[2]-base[2], four[3]-base[3] // the subnet has 16 bits or more
 	return netip.AddrFrom16(out)
+}
+
+// noDuplicates has an interface of the current network namespace, which is not
+// up yet, use its link-local address at once: the kernel would ask the
+// neighbours for a second whether somebody else has it.
+func noDuplicates(name string) error {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/accept_dad", []byte("0"), 0)
 }
 
 // Bridge is the name of the bridge interface.

@@ -108,6 +108,9 @@ func (l *Lab) connect(p *Pod) error {
 		return fmt.Errorf("set address: %w", err)
 	}
 	if p.Addr6.IsValid() {
+		if err := p.Do(func() error { return noDuplicates("eth0") }); err != nil {
+			return fmt.Errorf("set up IPv6: %w", err)
+		}
 		if err := h.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.Addr6, l.subnet6.Bits())), Flags: unix.IFA_F_NODAD}); err != nil {
 			return fmt.Errorf("set IPv6 address: %w", err)
 		}
