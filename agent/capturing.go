@@ -229,10 +229,15 @@ func (a *agent) listening(w *mesh.Workload) string {
 	if err != nil {
 		return err.Error()
 	}
+	return missing(sockets, a.ipv6 && slices.ContainsFunc(w.Capture.Addrs, netip.Addr.Is6))
+}
+
+// missing names one of the proxy's listeners that is not among the sockets, ""
+// if there is none.
+func missing(listeners []capture.Socket, six bool) string {
 	on := func(addr netip.Addr, port uint16) bool {
-		return slices.ContainsFunc(sockets, func(s capture.Socket) bool { return s.Local == netip.AddrPortFrom(addr, port) })
+		return slices.ContainsFunc(listeners, func(s capture.Socket) bool { return s.Local == netip.AddrPortFrom(addr, port) })
 	}
-	six := a.ipv6 && slices.ContainsFunc(w.Capture.Addrs, netip.Addr.Is6)
 	for _, port := range []uint16{mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel} {
 		switch {
 		case !on(netip.IPv4Unspecified(), port):
