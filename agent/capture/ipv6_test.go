@@ -171,6 +171,25 @@ func TestIPv6ResetEstablished(t *testing.T) {
 	}
 }
 
+// Defends: a connection that arrived by a link-local address can be ended as
+// any other; the kernel finds it by its interface only.
+func TestIPv6DestroyLinkLocal(t *testing.T) {
+	p := newPair(t)
+	serve(t, p.a, "tcp", ":8080", "app")
+	at := "[" + linkLocal(t, p.a) + "%eth0]:8080"
+	c, other := connect(t, p.b, net.Dialer{}, at), connect(t, p.b, net.Dialer{}, at)
+	remote, local := ends(c) // as the pod sees it
+	if err := Destroy(p.a.NetNS, local, remote); err != nil {
+		t.Fatal(err)
+	}
+	if alive(c) || !alive(other) {
+		t.Errorf("alive: %v, the other %v", alive(c), alive(other))
+	}
+	if err := Destroy(p.a.NetNS, local, remote); !errors.Is(err, ErrNotFound) {
+		t.Errorf("again: %v", err)
+	}
+}
+
 // UDP, ping and neighbour discovery over IPv6 are left alone: the neighbours'
 // addresses are forgotten first, so that they must be asked for anew.
 func TestIPv6OthersAreLeftAlone(t *testing.T) {
