@@ -93,6 +93,7 @@ type agent struct {
 	pods     *pods   // nil outside a cluster
 	probes   *probes // nil outside a cluster
 	client   nodev1.NodeClient
+	ipv6     bool // the kernel has IPv6
 
 	connected atomic.Bool   // the control plane's watch is open
 	ready     atomic.Bool   // a state has been taken
@@ -120,7 +121,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), poke: make(chan struct{}, 1)}
+	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), ipv6: hasIPv6(), poke: make(chan struct{}, 1)}
 	a.rules.applied = map[string]bool{}
 	if cfg.Pods != nil {
 		if a.pods, err = openPods(cfg.RunDir, cfg.Log); err != nil {

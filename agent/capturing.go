@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
+	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -106,7 +109,7 @@ func (a *agent) look(ctx context.Context, s *nodeState) {
 		case !connected:
 			seen[key] = "the proxy is not connected"
 		default:
-			seen[key] = listening(s.workload(key))
+			seen[key] = a.listening(s.workload(key))
 		}
 	}
 
@@ -165,7 +168,7 @@ func (a *agent) give(s *nodeState) {
 	if a.given == s {
 		return
 	}
-	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog()})
+	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog(), IPv6: a.ipv6})
 	if err != nil {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
 		return
@@ -219,20 +222,41 @@ func (a *agent) hold(w *mesh.Workload) string {
 	return ""
 }
 
-// listening says whether the proxy's three listeners are really there.
-func listening(w *mesh.Workload) string {
+// listening says whether the proxy's three listeners are really there, on IPv6
+// too where the workload has such an address.
+func (a *agent) listening(w *mesh.Workload) string {
 	sockets, err := capture.Listeners(w.Capture.NetNS)
 	if err != nil {
 		return err.Error()
 	}
-	missing := map[uint16]bool{mesh.PortOutbound: true, mesh.PortInbound: true, mesh.PortTunnel: true}
-	for _, s := range sockets {
-		delete(missing, s.Local.Port())
+	return missing(sockets, a.ipv6 && slices.ContainsFunc(w.Capture.Addrs, netip.Addr.Is6))
+}
+
+// missing names one of the proxy's listeners that is not among the sockets, ""
+// if there is none.
+func missing(listeners []capture.Socket, six bool) string {
+	on := func(addr netip.Addr, port uint16) bool {
+		return slices.ContainsFunc(listeners, func(s capture.Socket) bool { return s.Local == netip.AddrPortFrom(addr, port) })
 	}
-	for port := range maps.Keys(missing) {
-		return fmt.Sprintf("the proxy does not listen on port %d yet", port)
+	for _, port := range []uint16{mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel} {
+		switch {
+		case !on(netip.IPv4Unspecified(), port):
+			return fmt.Sprintf("the proxy does not listen on port %d yet", port)
+		case six && !on(netip.IPv6Unspecified(), port):
+			return fmt.Sprintf("the proxy does not listen on port %d of IPv6 yet", port)
+		}
 	}
 	return ""
+}
+
+// hasIPv6 reports whether the machine's kernel has IPv6.
+func hasIPv6() bool {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	_ = unix.Close(fd) // nothing was done with it
+	return true
 }
 
 // namespaceID returns what tells one network namespace from the next at the

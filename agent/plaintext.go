@@ -144,4 +144,11 @@ func (p *plaintext) see(e *audit.Event) {
 	}
 }
 
-func caller(workload, addr string) string { return workload + " " + addr }
+// caller names a connection by its workload and the caller's address. The proxy
+// writes the interface into a link-local one, as its zone.
+func caller(workload, addr string) string {
+	if a, err := netip.ParseAddrPort(addr); err == nil {
+		addr = netip.AddrPortFrom(a.Addr().WithZone(""), a.Port()).String()
+	}
+	return workload + " " + addr
+}

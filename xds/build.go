@@ -18,6 +18,9 @@ type Options struct {
 	// AccessLog is the file that the proxy appends audit lines to. Empty
 	// turns audit off, which exists for measuring what it costs.
 	AccessLog string
+	// IPv6 says that the node's kernel has IPv6. On one that has not, the
+	// proxy refuses everything with an IPv6 address in it.
+	IPv6 bool
 }
 
 // Local returns what the proxy of a node needs to serve the node's own

@@ -19,8 +19,8 @@ import (
 // Destination builds the cluster for an address that a workload of a node
 // dialled, by its name. It reports false for a name that stands for nothing: a
 // service's address with a port that the service does not have, one of the
-// mesh's own ports, or, where unknown destinations are refused, an address
-// outside the mesh.
+// mesh's own ports, a link-local address of IPv6, or, where unknown
+// destinations are refused, an address outside the mesh.
 func Destination(v *mesh.View, node, name string) (Resource, bool) {
 	addr, ok := ParseDestination(name)
 	if !ok || v == nil || v.State == nil {
@@ -76,11 +76,16 @@ func resolve(s *mesh.State, node string, addr netip.AddrPort) (destination, bool
 	if w := s.WorkloadAt(addr.Addr()); w != nil {
 		return destination{hops: []hop{{addr, meshed(s, w)}}}, true
 	}
-	if s.RefuseUnknown {
+	if s.RefuseUnknown || linkLocal6(addr.Addr()) {
 		return destination{}, false
 	}
 	return destination{hops: []hop{{addr: addr}}}, true
 }
+
+// linkLocal6: what such an address means depends on the interface, which the
+// proxy cannot name when it dials; and whether it is an enrolled neighbour's is
+// not known.
+func linkLocal6(a netip.Addr) bool { return a.Is6() && a.IsLinkLocalUnicast() }
 
 func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.AddrPort) (destination, bool) {
 	for i, p := range svc.Ports {
@@ -129,10 +134,10 @@ func meshed(s *mesh.State, w *mesh.Workload) *mesh.Workload {
 // endpoint outside the mesh is its address.
 func (d destination) cluster(name string) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
-	plain := false
+	plain, six := false, false
 	for _, h := range d.hops {
 		if h.workload == nil {
-			plain = true
+			plain, six = true, six || h.addr.Addr().Is6()
 			eps = append(eps, plainEndpoint(h.addr))
 			continue
 		}
@@ -150,7 +155,7 @@ func (d destination) cluster(name string) *clusterv3.Cluster {
 		TransportSocket: internalUpstream(),
 	}
 	if plain {
-		c.UpstreamBindConfig = insideNamespace()
+		c.UpstreamBindConfig = insideNamespace(six)
 	}
 	if d.affinity { // by the caller's address; see hashPolicy
 		c.LbPolicy = clusterv3.Cluster_MAGLEV

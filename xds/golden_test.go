@@ -165,6 +165,7 @@ func TestDestinations(t *testing.T) {
 		{"dst|10.88.0.3", false, nil},
 		{"10.88.0.3:80", false, nil},
 		{"dst|::ffff:10.88.0.3:80", false, nil},
+		{"dst|[::ffff:10.88.0.3]:80", false, nil},
 	} {
 		r, ok := Destination(v, "n1", c.name)
 		if ok != c.found {

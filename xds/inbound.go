@@ -26,8 +26,11 @@ const (
 // the CONNECT request's headers, before the application is contacted.
 func (b *builder) tunnelIn(w *mesh.Workload) *listenerv3.Listener {
 	return &listenerv3.Listener{
-		Name:      tunnelInListener(w),
-		Address:   inNamespace(w, mesh.PortTunnel),
+		Name:    tunnelInListener(w),
+		Address: inNamespace(w, anyIPv4, mesh.PortTunnel),
+
+		AdditionalAddresses: b.alsoIPv6(w, mesh.PortTunnel),
+
 		AccessLog: b.accessLog(LineHandshake, "workload", w.Key()),
 		FilterChains: []*listenerv3.FilterChain{{
 			TransportSocketConnectTimeout: seconds(5),
@@ -151,8 +154,11 @@ func (b *builder) plainIn(w *mesh.Workload) *listenerv3.Listener {
 		cluster = clusterPlain
 	}
 	return &listenerv3.Listener{
-		Name:            plainInListener(w),
-		Address:         inNamespace(w, mesh.PortInbound),
+		Name:    plainInListener(w),
+		Address: inNamespace(w, anyIPv4, mesh.PortInbound),
+
+		AdditionalAddresses: b.alsoIPv6(w, mesh.PortInbound),
+
 		ListenerFilters: originalDst(),
 		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
 			namespaceState(w),

@@ -62,7 +62,7 @@ func ParseDestination(name string) (netip.AddrPort, bool) {
 		return netip.AddrPort{}, false
 	}
 	a, err := netip.ParseAddrPort(s)
-	if err != nil || a.String() != s { // one spelling only
+	if err != nil || a.String() != s || a.Addr().Is4In6() { // one spelling only
 		return netip.AddrPort{}, false
 	}
 	return a, true

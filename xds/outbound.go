@@ -1,6 +1,9 @@
 package xds
 
 import (
+	"net/netip"
+	"slices"
+
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
@@ -38,8 +41,11 @@ func (b *builder) outbound(w *mesh.Workload) *listenerv3.Listener {
 		cluster = stateValue("envoy.tcp_proxy.cluster", clusterRefuse, "", none)
 	}
 	return &listenerv3.Listener{
-		Name:            outboundListener(w),
-		Address:         inNamespace(w, mesh.PortOutbound),
+		Name:    outboundListener(w),
+		Address: inNamespace(w, anyIPv4, mesh.PortOutbound),
+
+		AdditionalAddresses: b.alsoIPv6(w, mesh.PortOutbound),
+
 		ListenerFilters: originalDst(),
 		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
 			setState(
@@ -87,12 +93,26 @@ func connState(w *mesh.Workload) string {
 
 const hashable = "envoy.hashable_string"
 
-func inNamespace(w *mesh.Workload, port uint32) *corev3.Address {
+const (
+	anyIPv4 = "0.0.0.0"
+	anyIPv6 = "::"
+)
+
+func inNamespace(w *mesh.Workload, addr string, port uint32) *corev3.Address {
 	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
-		Address:                  "0.0.0.0",
+		Address:                  addr,
 		PortSpecifier:            &corev3.SocketAddress_PortValue{PortValue: port},
 		NetworkNamespaceFilepath: w.Capture.NetNS,
 	}}}
+}
+
+// alsoIPv6 has a listener take IPv6 too where the workload can be reached by
+// it. Elsewhere the capture rules refuse.
+func (b *builder) alsoIPv6(w *mesh.Workload, port uint32) []*listenerv3.AdditionalAddress {
+	if !b.opts.IPv6 || !slices.ContainsFunc(w.Capture.Addrs, netip.Addr.Is6) {
+		return nil
+	}
+	return []*listenerv3.AdditionalAddress{{Address: inNamespace(w, anyIPv6, port)}}
 }
 
 func originalDst() []*listenerv3.ListenerFilter {

@@ -56,7 +56,7 @@ func (b *builder) sharedClusters() {
 		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:                      clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:                seconds(5),
-		UpstreamBindConfig:            insideNamespace(),
+		UpstreamBindConfig:            insideNamespace(b.opts.IPv6),
 		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
 			UseHttpHeader:  true,
 			HttpHeaderName: ":authority",
@@ -68,7 +68,7 @@ func (b *builder) sharedClusters() {
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:       seconds(5),
-		UpstreamBindConfig:   insideNamespace(),
+		UpstreamBindConfig:   insideNamespace(b.opts.IPv6),
 	})
 	b.add(clusterRefuse, &clusterv3.Cluster{
 		Name:                 clusterRefuse,
@@ -100,7 +100,7 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 		ConnectTimeout:       seconds(5),
 		// How long a destination that nobody uses keeps its pooled tunnels.
 		CleanupInterval:    seconds(60),
-		UpstreamBindConfig: insideNamespace(),
+		UpstreamBindConfig: insideNamespace(b.opts.IPv6),
 		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
 			UpstreamPortOverride: u32(mesh.PortTunnel),
 		}},
@@ -173,11 +173,12 @@ func (b *builder) validation() *tlsv3.CommonTlsContext_CombinedValidationContext
 }
 
 // insideNamespace makes a cluster's sockets inside the network namespace that
-// filter state names, marked so that the capture rules leave them alone.
-func insideNamespace() *corev3.BindConfig {
-	return &corev3.BindConfig{
+// filter state names, of IPv6 as well if six, marked so that the capture rules
+// leave them alone.
+func insideNamespace(six bool) *corev3.BindConfig {
+	out := &corev3.BindConfig{
 		SourceAddress: &corev3.SocketAddress{
-			Address:       "0.0.0.0",
+			Address:       anyIPv4,
 			PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 0},
 		},
 		SocketOptions: []*corev3.SocketOption{
@@ -201,6 +202,13 @@ func insideNamespace() *corev3.BindConfig {
 			TypedConfig: packed(&lasv3.Config{}),
 		},
 	}
+	if six { // of the two, the one of the destination's family is taken
+		out.ExtraSourceAddresses = []*corev3.ExtraSourceAddress{{Address: &corev3.SocketAddress{
+			Address:       anyIPv6,
+			PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 0},
+		}}}
+	}
+	return out
 }
 
 // tunnelListener is the internal listener that every meshed connection passes:

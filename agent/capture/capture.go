@@ -5,24 +5,30 @@
 //
 // One nftables table, "inet signet", in each captured namespace:
 //
-//   - output: IPv4 TCP to anything but the namespace itself is redirected to
+//   - output: TCP to anything but the namespace itself is redirected to
 //     the proxy's outbound port, except from sockets with the proxy's mark.
-//   - input: IPv4 TCP from outside is redirected to the proxy's port for
+//   - input: TCP from outside is redirected to the proxy's port for
 //     connections without a tunnel, except to the tunnel port. There is no
 //     exception for a mark here: marks do not cross namespaces, so nothing
 //     honest would need it.
-//     The one exception are the declared probe ports, from ProbeSource.
+//     The one exception are the declared probe ports, from the sources of
+//     probes.
 //   - the proxy's own connections to its capture ports in the same namespace
 //     are refused, so that a tunnel which asks for those ports cannot loop.
-//   - IPv4 TCP that was not redirected, although it should have been, is
+//   - TCP that was not redirected, although it should have been, is
 //     refused in both directions: the kernel redirects a connection by its
 //     first packet, so one that it tracked before, or a new one on the ports
 //     of such, would slip by.
-//   - IPv6 TCP from or to the outside is refused in both directions, open
-//     connections included, since the proxy listens on IPv4 only. Neighbour
-//     discovery (ICMPv6) and IPv6 on loopback work.
 //   - Other protocols (UDP, SCTP, ICMP) are left alone: they are neither
 //     protected nor recorded.
+//
+// All of it holds for IPv4 and IPv6 alike. In a namespace where the proxy
+// listens on IPv4 only, since it has no IPv6 address by which others reach it,
+// or where IPv6 is switched off on loopback, what arrives or leaves by IPv6 is
+// led to a port that nobody listens on, and so refused. What is dialled by a
+// link-local address (fe80::/10) is refused always: the proxy could not tell
+// whose it is. What arrives by one is led to the proxy. Neighbour discovery is
+// ICMPv6, and works.
 //
 // Connections inside the namespace (loopback, or its own addresses) are left
 // alone.
@@ -39,9 +45,9 @@
 // # Probes
 //
 // The node's kubelet knows nothing of tunnels. Its connections, and no others,
-// arrive with the source ProbeSource: the node's own rules (package probe) see
-// to both. The rules here let that source in on the ports of Options.Probes
-// and nowhere else. A pod that talks to itself through its service is captured
+// arrive with the source ProbeSource, or ProbeSource6: the node's own rules
+// (package probe) see to both. The rules here let these sources in on the ports
+// of Options.Probes and nowhere else. A pod that talks to itself through its service is captured
 // outbound like any other, and connections of other processes of the node
 // arrive with the node's address, and so at the proxy's port.
 //
@@ -75,6 +81,11 @@ var (
 // ProbeSource is the source of the kubelet's connections as a pod sees them.
 // No interface has this link-local address, and nothing routes to it.
 var ProbeSource = netip.AddrFrom4([4]byte{169, 254, 150, 8})
+
+// ProbeSource6 is the same for IPv6. It is a unique local address and not a
+// link-local one: pods look for those among their neighbours, and would not
+// send their answers to the node.
+var ProbeSource6 = netip.MustParseAddr("fd73:6967:6e65:7400::9608")
 
 // Options is what differs from one captured namespace to the next.
 type Options struct {

@@ -66,6 +66,38 @@ func TestProbes(t *testing.T) {
 	reaches(t, p.b, kubelet, "10.88.0.2:9090", "refused")
 }
 
+// Defends: the same by IPv6.
+func TestProbes_IPv6(t *testing.T) {
+	p := newPair(t)
+	if err := p.b.AddAddr(netip.PrefixFrom(ProbeSource6, 128)); err != nil {
+		t.Fatal(err)
+	}
+	err := p.a.Do(func() error { // answers go to b, as if it were the node
+		eth0, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		to := &net.IPNet{IP: ProbeSource6.AsSlice(), Mask: net.CIDRMask(128, 128)}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: to, Scope: netlink.SCOPE_LINK})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kubelet := net.Dialer{LocalAddr: &net.TCPAddr{IP: ProbeSource6.AsSlice()}}
+	proxyOn(t, p.a, "tcp6")
+	serve(t, p.a, "tcp", ":8080", "app")
+	serve(t, p.a, "tcp", ":8081", "app")
+	applyWith(t, p.a, Options{Probes: []uint16{8080}})
+	reaches(t, p.b, kubelet, "[fd00::2]:8080", "app -")
+	reaches(t, p.b, kubelet, "[fd00::2]:8081", "inbound [fd00::2]:8081")
+	reaches(t, p.b, kubelet, "[fd00::2]:15001", "inbound [fd00::2]:15001")
+	reaches(t, p.b, net.Dialer{LocalAddr: &net.TCPAddr{IP: p.b.Addr6.AsSlice()}}, "[fd00::2]:8080", "inbound [fd00::2]:8080")
+	without(t, p.a, "input_filter", "probes of port 8080")
+	reaches(t, p.b, kubelet, "[fd00::2]:8080", "refused")
+	without(t, p.a, "input_nat", "probes of port 8080")
+	reaches(t, p.b, kubelet, "[fd00::2]:8080", "inbound [fd00::2]:8080")
+}
+
 // Defends: ports that change while the namespace is captured take effect in
 // one step: the old one is closed, also for connections that are open, and
 // the connections through the proxy live on.

@@ -3,6 +3,7 @@ package capture
 import (
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -32,48 +33,53 @@ type (
 
 // ruleset is what Apply writes and Verify expects, the saved chain apart.
 func ruleset(o Options) []chain {
+	// All rules but these hold for both families.
 	var probesNAT, probesFilter []rule
 	for _, port := range o.ports() {
 		about := fmt.Sprintf("probes of port %d", port)
-		probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Address(nft.SourceAt, ProbeSource), toPort(port), nft.Done())})
-		probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Address(nft.SourceAt, ProbeSource), toPort(port), nft.Direction(nft.Original), nft.Done())})
+		for _, source := range []netip.Addr{ProbeSource, ProbeSource6} {
+			from := slices.Concat(nft.Family(source), nft.TCP(), nft.Source(source), toPort(port))
+			probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(from, nft.Done())})
+			probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(from, nft.Direction(nft.Original), nft.Done())})
+		}
 	}
 	return []chain{
 		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
-			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(expr.CmpOpEq), nft.Done())},
-			{Comment: "outbound", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), redirect(mesh.PortOutbound))},
+			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
+			// A socket that dialled one is bound to the interface, and would not
+			// hear from the proxy on loopback. What is not redirected is refused.
+			{Comment: "link-local", Exprs: slices.Concat(nft.TCP(), toLinkLocal(), nft.Done())},
+			{Comment: "outbound", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortOutbound))},
 		}},
 		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat([]rule{
-			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(expr.CmpOpEq), nft.Done())},
+			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(), nft.Done())},
 		}, probesNAT, []rule{
-			{Comment: "tunnels", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
-			{Comment: "inbound without a tunnel", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), redirect(mesh.PortInbound))},
+			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
+			{Comment: "inbound without a tunnel", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortInbound))},
 		})},
 		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: []rule{
-			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(expr.CmpOpEq), nft.TCP(), toPort(mesh.PortOutbound), nft.Reset())},
-			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(expr.CmpOpEq), nft.TCP(), toPort(mesh.PortInbound), nft.Reset())},
+			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(), nft.TCP(), toPort(mesh.PortOutbound), nft.Reset())},
+			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(), nft.TCP(), toPort(mesh.PortInbound), nft.Reset())},
 			{Comment: "resets may leave", Exprs: slices.Concat(nft.TCP(), nft.Resets(), nft.Done())},
-			{Comment: "no IPv6 past the proxy", Exprs: slices.Concat(ipv6(), nft.TCP(), toLoopback(expr.CmpOpNeq), nft.Reset())},
 			// The kernel redirects a connection by its first packet only.
 			// What it took for a part of an older one is caught here.
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
-			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(expr.CmpOpEq), nft.Done())},
+			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
 			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), translated(), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
+			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
+			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
 		}},
 		{Name: "input_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
-			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(expr.CmpOpEq), nft.Done())},
-			{Comment: "no IPv6 past the proxy", Exprs: slices.Concat(ipv6(), nft.TCP(), nft.Reset())},
+			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(), nft.Done())},
 		}, probesFilter, []rule{
-			{Comment: "redirected", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortInbound), nft.Done())},
-			{Comment: "tunnels", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
+			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortInbound), nft.Done())},
+			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
+			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
 			// Not reset: a stray packet must not end the proxy's connection.
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
+			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
 		})},
 	}
 }
@@ -82,16 +88,12 @@ func mark() []expr.Any {
 	return nft.Meta(expr.MetaKeyMARK, expr.CmpOpEq, nft.Native(mesh.SocketMark))
 }
 
-func toLoopback(op expr.CmpOp) []expr.Any {
-	return nft.Meta(expr.MetaKeyOIF, op, nft.Native(loopbackIndex))
+func toLoopback() []expr.Any {
+	return nft.Meta(expr.MetaKeyOIF, expr.CmpOpEq, nft.Native(loopbackIndex))
 }
 
-func fromLoopback(op expr.CmpOp) []expr.Any {
-	return nft.Meta(expr.MetaKeyIIF, op, nft.Native(loopbackIndex))
-}
-
-func ipv6() []expr.Any {
-	return nft.Meta(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{unix.NFPROTO_IPV6})
+func fromLoopback() []expr.Any {
+	return nft.Meta(expr.MetaKeyIIF, expr.CmpOpEq, nft.Native(loopbackIndex))
 }
 
 func toPort(port uint16) []expr.Any {
@@ -99,6 +101,15 @@ func toPort(port uint16) []expr.Any {
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.BigEndian.AppendUint16(nil, port)},
 	}
+}
+
+// toLinkLocal matches packets to fe80::/10.
+func toLinkLocal() []expr.Any {
+	return slices.Concat(nft.Family(netip.IPv6Unspecified()), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt(netip.IPv6Unspecified()), Len: 2},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 2, Mask: []byte{0xff, 0xc0}, Xor: []byte{0, 0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0xfe, 0x80}},
+	})
 }
 
 // translated matches connections whose destination the kernel changed.

@@ -83,6 +83,25 @@ func (d *diagConn) dump(family uint8, states uint32) ([]Socket, error) {
 	return out, err
 }
 
+// find looks for one connection, in whatever state. The answer may be a
+// listener instead.
+func (d *diagConn) find(local, remote netip.AddrPort) (Socket, error) {
+	if !local.Addr().Is6() || !local.Addr().IsLinkLocalUnicast() && !remote.Addr().IsLinkLocalUnicast() {
+		return d.get(local, remote)
+	}
+	// These belong to an interface, and get does not find them without it.
+	list, err := d.dump(unix.AF_INET6, allStates&^(1<<Listen))
+	if err != nil {
+		return Socket{}, err
+	}
+	for _, s := range list {
+		if s.Local == local && s.Remote == remote {
+			return s, nil
+		}
+	}
+	return Socket{}, ErrNotFound
+}
+
 // get asks for one connection. The kernel may answer with a listener instead.
 func (d *diagConn) get(local, remote netip.AddrPort) (s Socket, err error) {
 	key := diagKey{family: unix.AF_INET6}

@@ -88,7 +88,7 @@ func (n *NS) list(states uint32) ([]Socket, error) {
 }
 
 // Destroy ends the one connection between exactly these addresses, as seen
-// from the namespace: its process gets an error, and the peer a reset. Both
+// from the namespace (the zone of a link-local one is not looked at): its process gets an error, and the peer a reset. Both
 // ends of a connection within the namespace are different sockets. It never
 // touches a listener. ErrNotFound means that there is no such connection, or
 // that it has ended.
@@ -100,7 +100,7 @@ func (n *NS) Destroy(local, remote netip.AddrPort) error {
 		// The kernel falls back to a listener on the local port when the
 		// connection is gone, and would destroy that. So look first, and
 		// then destroy by the cookie of what was seen.
-		s, err := d.get(unmap(local), unmap(remote))
+		s, err := d.find(unmap(local), unmap(remote))
 		if err != nil {
 			return err
 		}

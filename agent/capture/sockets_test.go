@@ -118,11 +118,6 @@ func TestDestroy(t *testing.T) {
 
 func TestDestroy_IPv6(t *testing.T) {
 	p := newPair(t)
-	for pod, addr := range map[*lab.Pod]string{p.a: "fd00::2/64", p.b: "fd00::3/64"} {
-		if err := pod.AddAddr(netip.MustParsePrefix(addr)); err != nil {
-			t.Fatal(err)
-		}
-	}
 	serve(t, p.b, "tcp", ":8080", "app")
 	c, other := connect(t, p.a, net.Dialer{}, "[fd00::3]:8080"), connect(t, p.a, net.Dialer{}, "[fd00::3]:8080")
 	local, remote := ends(c)

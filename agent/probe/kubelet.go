@@ -88,7 +88,7 @@ func tryRules(w *who) error {
 	}
 	t := &nftables.Table{Name: "signet-try", Family: table.Family}
 	c.AddTable(t)
-	nft.Add(c, t, []nft.Chain{{Name: "try", Rules: []nft.Rule{{Exprs: slices.Concat(nft.IPv4(), nft.TCP(), cgroup(w.level, 0, w.id), setLabel())}}}})
+	nft.Add(c, t, []nft.Chain{{Name: "try", Rules: []nft.Rule{{Exprs: slices.Concat(nft.TCP(), cgroup(w.level, 0, w.id), setLabel())}}}})
 	c.DelTable(t)
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("the kernel's packet filter cannot match sockets by cgroup, or set connection labels (it needs CONFIG_NFT_SOCKET, CONFIG_SOCK_CGROUP_DATA and CONFIG_NF_CONNTRACK_LABELS): %w", err)

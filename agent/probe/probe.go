@@ -5,26 +5,26 @@
 //
 // One nftables table, "inet signet", in the node's own network namespace:
 //
-//   - A set holds the addresses and ports that are probed.
+//   - A set for each family holds the addresses and ports that are probed.
 //   - A TCP connection to a member of the set whose socket was made by a
 //     process in the kubelet's own cgroup (not above it, not below it) gets a
-//     conntrack label, and by the label the source capture.ProbeSource. Labels
+//     conntrack label, and by the label the source capture.ProbeSource, or
+//     capture.ProbeSource6 where the pod is reached by IPv6. Labels
 //     are used because no socket option sets them, as SO_MARK does for packet
 //     marks, and because the marks belong to kube-proxy and the CNI plugins.
-//   - Packets that claim this source are dropped wherever they enter the node,
+//   - Packets that claim these sources are dropped wherever they enter the node,
 //     and where its own processes send them. A table "bridge signet" does the
 //     same between the ports of a bridge.
-//   - What pods send to this source is either part of a connection with the
+//   - What pods send to these sources is either part of a connection with the
 //     label, or answered with a reset, so that a handshake with a forged source
 //     ends before it is complete.
 //
-// The pods' own rules (package capture) let capture.ProbeSource in on the
-// declared ports. All of it is state of the kernel: probes pass while the agent
+// The pods' own rules (package capture) let these sources in on the declared
+// ports. All of it is state of the kernel: probes pass while the agent
 // is restarted.
 //
 // # What it does not do
 //
-//   - IPv6: captured pods refuse all IPv6 TCP, and probes over it too.
 //   - The kubelet connects wherever a pod's own probe says. A probe with a host
 //     of another pod reaches that pod's declared ports, as the kubelet. Pod
 //     Security "baseline" forbids the field from Kubernetes 1.34 on.
@@ -86,7 +86,7 @@ func (k Kind) String() string {
 type Pod struct {
 	// UID is the pod's, for messages.
 	UID string
-	// Addrs are the pod's addresses. IPv6 ones are left out.
+	// Addrs are the pod's addresses, of either family.
 	Addrs []netip.Addr
 	// Ports are those that the pod declares probes or HTTP lifecycle handlers
 	// on. None is 0.
@@ -217,9 +217,7 @@ func targetsOf(pods []Pod) ([]target, error) {
 				return nil, fmt.Errorf("probe: pod %s: Ports: 0 is not a port: name the port that the probe uses", p.UID)
 			}
 			for _, a := range p.Addrs {
-				if a = a.Unmap(); a.Is4() {
-					out = append(out, target{a, port})
-				}
+				out = append(out, target{a.Unmap(), port})
 			}
 		}
 	}
@@ -243,16 +241,8 @@ func write(w *who, targets []target) error {
 		c.DelTable(t)
 		c.AddTable(t)
 	}
-	set := probedSet()
-	if err := c.AddSet(set, nil); err != nil {
-		return fmt.Errorf("probe: set of probes: %w", err)
-	}
-	for part := range slices.Chunk(targets, batch) {
-		var members []nftables.SetElement
-		for _, t := range part {
-			members = append(members, nftables.SetElement{Key: t.key()})
-		}
-		if err := c.SetAddElements(set, members); err != nil {
+	for _, f := range families {
+		if err := f.fill(c, targets); err != nil {
 			return fmt.Errorf("probe: set of probes: %w", err)
 		}
 	}
@@ -260,6 +250,26 @@ func write(w *who, targets []target) error {
 	nft.Add(c, bridgeTable, bridgeRuleset())
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("probe: write rules (the kernel needs nf_tables with nat, ct, socket and reject for inet, connection labels, and nf_tables for bridge): %w", err)
+	}
+	return nil
+}
+
+// fill adds the family's set with its part of the targets.
+func (f *family) fill(c *nftables.Conn, targets []target) error {
+	set := f.set()
+	if err := c.AddSet(set, nil); err != nil {
+		return err
+	}
+	var members []nftables.SetElement
+	for _, t := range targets {
+		if f.has(t.addr) {
+			members = append(members, nftables.SetElement{Key: t.key()})
+		}
+	}
+	for part := range slices.Chunk(members, batch) {
+		if err := c.SetAddElements(set, part); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -281,7 +291,17 @@ func compare(w *who, targets []target) (string, error) {
 	if diff != "" {
 		return diff, nil
 	}
-	members, err := c.GetSetElements(probedSet())
+	for _, f := range families {
+		if diff, err := f.compare(c, targets); diff != "" || err != nil {
+			return diff, err
+		}
+	}
+	return "", nil
+}
+
+// compare compares the family's set with its part of the targets.
+func (f *family) compare(c *nftables.Conn, targets []target) (string, error) {
+	members, err := c.GetSetElements(f.set())
 	if err != nil {
 		return "", fmt.Errorf("probe: read the set of probes: %w", err)
 	}
@@ -289,13 +309,18 @@ func compare(w *who, targets []target) (string, error) {
 	for _, m := range members {
 		has[string(m.Key)] = true
 	}
+	want := 0
 	for _, t := range targets {
+		if !f.has(t.addr) {
+			continue
+		}
+		want++
 		if !has[string(t.key())] {
 			return fmt.Sprintf("%s is not in the set of probes", netip.AddrPortFrom(t.addr, t.port)), nil
 		}
 	}
-	if len(has) != len(targets) {
-		return fmt.Sprintf("the set of probes has %d members, want %d", len(has), len(targets)), nil
+	if len(has) != want {
+		return fmt.Sprintf("the set %s has %d members, want %d", f.set().Name, len(has), want), nil
 	}
 	return "", nil
 }

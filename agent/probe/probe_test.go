@@ -18,38 +18,32 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/agent/capture/nft"
 )
-
-var source = capture.ProbeSource.String()
-
-// sourceNet is the probes' source as a route's destination.
-func sourceNet() *net.IPNet {
-	return &net.IPNet{IP: capture.ProbeSource.AsSlice(), Mask: net.CIDRMask(32, 32)}
-}
 
 // Defends: the kubelet reaches the declared port of a captured pod, and no
 // other port; no other process of the node reaches it, host-network pods and
 // the kubelet's own children in other cgroups included.
-func TestKubelet(t *testing.T) {
+func TestKubelet(t *testing.T) { eachFamily(t, testKubelet) }
+
+func testKubelet(t *testing.T, f side) {
 	b := newBench(t)
 	kubelet := b.start(b.node.Kubelet, "any", 0)
-	kubelet.reaches("-", "10.88.0.2:8080", "proxy")
+	kubelet.reaches("-", f.at(8080), "proxy")
 	b.set()
-	kubelet.reaches("-", "10.88.0.2:8080", "app")
-	kubelet.reaches("-", "10.88.0.2:9090", "proxy")
+	kubelet.reaches("-", f.at(8080), "app")
+	kubelet.reaches("-", f.at(9090), "proxy")
 	b.cgroup("/kubepods")
-	host := b.start(b.cgroup("/kubepods/pod1"), "any", 0)
-	host.reaches("-", "10.88.0.2:8080", "proxy")
-	b.start("/", "any", 0).reaches("-", "10.88.0.2:8080", "proxy")
+	other := b.start(b.cgroup("/kubepods/pod1"), "any", 0)
+	other.reaches("-", f.at(8080), "proxy")
+	b.start("/", "any", 0).reaches("-", f.at(8080), "proxy")
 	below := b.start(b.cgroup("/kubelet/below"), "any", 0)
-	below.reaches("-", "10.88.0.2:8080", "proxy")
+	below.reaches("-", f.at(8080), "proxy")
 	b.without(table, "kubelet", "below the kubelet's cgroup")
-	below.reaches("-", "10.88.0.2:8080", "app")
-	host.reaches("-", "10.88.0.2:8080", "proxy")
+	below.reaches("-", f.at(8080), "app")
+	other.reaches("-", f.at(8080), "proxy")
 	b.without(table, "kubelet", "probes by the kubelet")
-	kubelet.reaches("-", "10.88.0.2:8080", "proxy")
+	kubelet.reaches("-", f.at(8080), "proxy")
 }
 
 // A kubelet in the root of the hierarchy is told from what is below it.
@@ -63,52 +57,61 @@ func TestKubeletInTheRoot(t *testing.T) {
 
 // Defends: a process of the node, such as a host-network pod, does not pass by
 // binding to the probes' source, even where somebody made that address local.
-func TestSpoofedOnTheNode(t *testing.T) {
+func TestSpoofedOnTheNode(t *testing.T) { eachFamily(t, testSpoofedOnTheNode) }
+
+func testSpoofedOnTheNode(t *testing.T, f side) {
 	b := newBench(t)
 	lo, err := netlink.LinkByName("lo")
 	b.check(err)
-	addr := &netlink.Addr{IPNet: sourceNet()}
+	addr := &netlink.Addr{IPNet: host(f.source)}
+	if f.source.Is6() {
+		addr.Flags = unix.IFA_F_NODAD
+	}
 	b.check(netlink.AddrAdd(lo, addr))
 	t.Cleanup(func() { b.check(netlink.AddrDel(lo, addr)) })
-	host := b.start(b.cgroup("/pod"), "any", 0)
-	host.reaches(source, "10.88.0.2:8080", "app") // the pod's rules alone cannot tell
+	other := b.start(b.cgroup("/pod"), "any", 0)
+	other.reaches(f.source.String(), f.at(8080), "app") // the pod's rules alone cannot tell
 	b.set()
-	host.reaches(source, "10.88.0.2:8080", "nothing")
-	b.start(b.node.Kubelet, "any", 0).reaches("-", "10.88.0.2:8080", "app")
+	other.reaches(f.source.String(), f.at(8080), "nothing")
+	b.start(b.node.Kubelet, "any", 0).reaches("-", f.at(8080), "app")
 	b.without(table, "kubelet", "nobody else has this source")
-	host.reaches(source, "10.88.0.2:8080", "nothing") // the second line
+	other.reaches(f.source.String(), f.at(8080), "nothing") // the second line
 	b.without(table, "answers", "answers to a forged source")
 	b.without(table, "answers", "nothing else")
-	host.reaches(source, "10.88.0.2:8080", "app")
+	other.reaches(f.source.String(), f.at(8080), "app")
 }
 
 // Defends: another pod, or another node, that claims the probes' source is not
 // let in, although the node would route the answers to it.
-func TestSpoofedFromAfar(t *testing.T) {
+func TestSpoofedFromAfar(t *testing.T) { eachFamily(t, testSpoofedFromAfar) }
+
+func testSpoofedFromAfar(t *testing.T, f side) {
 	b := newBench(t)
-	b.check(b.far.AddAddr(netip.PrefixFrom(capture.ProbeSource, 32)))
+	b.check(b.far.AddAddr(netip.PrefixFrom(f.source, f.source.BitLen())))
 	bridge, err := netlink.LinkByName(b.other.Bridge())
 	b.check(err)
-	b.check(netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Attrs().Index, Dst: sourceNet(), Scope: netlink.SCOPE_LINK}))
-	b.podReaches(b.far, source, "10.88.0.2:8080", "app")
+	b.check(netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Attrs().Index, Dst: host(f.source), Scope: netlink.SCOPE_LINK}))
+	b.podReaches(b.far, f.source.String(), f.at(8080), "app")
 	b.set()
-	b.podReaches(b.far, source, "10.88.0.2:8080", "nothing")
-	b.podReaches(b.far, "-", "10.88.0.2:8080", "proxy")              // an honest one
+	b.podReaches(b.far, f.source.String(), f.at(8080), "nothing")
+	b.podReaches(b.far, "-", f.at(8080), "proxy")                    // an honest one
 	b.without(bridgeTable, "claimed", "nobody else has this source") // far is behind a bridge too
-	b.podReaches(b.far, source, "10.88.0.2:8080", "nothing")
+	b.podReaches(b.far, f.source.String(), f.at(8080), "nothing")
 	b.without(table, "claimed", "nobody else has this source")
-	b.podReaches(b.far, source, "10.88.0.2:8080", "nothing") // the second line
+	b.podReaches(b.far, f.source.String(), f.at(8080), "nothing") // the second line
 	b.without(table, "answers", "answers to a forged source")
 	b.without(table, "answers", "nothing else")
-	b.podReaches(b.far, source, "10.88.0.2:8080", "app")
+	b.podReaches(b.far, f.source.String(), f.at(8080), "app")
 }
 
 // Defends: a pod on the same bridge that claims the source, and that has made
 // the other pod take it for the gateway, is not let in, on nodes where bridged
 // packets do not pass the routed packets' rules, and where they do.
-func TestSpoofedOnTheBridge(t *testing.T) {
+func TestSpoofedOnTheBridge(t *testing.T) { eachFamily(t, testSpoofedOnTheBridge) }
+
+func testSpoofedOnTheBridge(t *testing.T, f side) {
 	b := newBench(t)
-	b.check(b.b.AddAddr(netip.PrefixFrom(capture.ProbeSource, 32)))
+	b.check(b.b.AddAddr(netip.PrefixFrom(f.source, f.source.BitLen())))
 	var mac net.HardwareAddr
 	b.check(b.b.Do(func() error {
 		eth0, err := netlink.LinkByName("eth0")
@@ -122,59 +125,67 @@ func TestSpoofedOnTheBridge(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return netlink.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, IP: b.lab.Gateway().AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT})
+		return netlink.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, IP: f.gateway(b.lab).AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT})
 	}))
-	const pass = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+	pass := "/proc/sys/net/bridge/bridge-nf-call-iptables"
+	if f.pod.Is6() {
+		pass = "/proc/sys/net/bridge/bridge-nf-call-ip6tables"
+	}
 	if _, err := os.Stat(pass); err == nil {
 		b.set()
 		b.check(os.WriteFile(pass, []byte("1"), 0))
-		b.podReaches(b.b, source, "10.88.0.2:8080", "nothing")
+		b.podReaches(b.b, f.source.String(), f.at(8080), "nothing")
 		b.check(os.WriteFile(pass, []byte("0"), 0))
 	}
 	b.set()
-	b.podReaches(b.b, source, "10.88.0.2:8080", "nothing")
-	b.podReaches(b.b, "-", "10.88.0.2:8080", "proxy")
+	b.podReaches(b.b, f.source.String(), f.at(8080), "nothing")
+	b.podReaches(b.b, "-", f.at(8080), "proxy")
 	b.without(bridgeTable, "claimed", "nobody else has this source")
-	b.podReaches(b.b, source, "10.88.0.2:8080", "app")
+	b.podReaches(b.b, f.source.String(), f.at(8080), "app")
 }
 
 // Defends: what others do to packets of the node neither opens nor closes: a
 // service address that leads to the port is no way around, for whomever, and
 // the kubelet's connections keep their source where all others lose theirs.
-func TestBesideKubeProxy(t *testing.T) {
+func TestBesideKubeProxy(t *testing.T) { eachFamily(t, testBesideKubeProxy) }
+
+func testBesideKubeProxy(t *testing.T, f side) {
 	b := newBench(t)
 	b.set()
 	c, err := nftables.New()
 	b.check(err)
-	kube := c.AddTable(&nftables.Table{Name: "kube-proxy", Family: nftables.TableFamilyIPv4})
+	family := nftables.TableFamilyIPv4
+	if f.pod.Is6() {
+		family = nftables.TableFamilyIPv6
+	}
+	kube := c.AddTable(&nftables.Table{Name: "kube-proxy", Family: family})
 	t.Cleanup(func() {
 		c.DelTable(kube)
 		b.check(c.Flush())
 	})
 	out := c.AddChain(&nftables.Chain{Name: "out", Table: kube, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest})
-	c.AddRule(&nftables.Rule{Table: kube, Chain: out, Exprs: []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: nft.DestinationAt, Len: 4},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{10, 96, 0, 1}},
-		&expr.Immediate{Register: 1, Data: podA.AsSlice()},
-		&expr.NAT{Type: expr.NATTypeDestNAT, Family: 2, RegAddrMin: 1},
-	}})
+	c.AddRule(&nftables.Rule{Table: kube, Chain: out, Exprs: append(nft.Destination(f.service), []expr.Any{
+		&expr.Immediate{Register: 1, Data: f.pod.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(family), RegAddrMin: 1},
+	}...)})
 	post := c.AddChain(&nftables.Chain{Name: "post", Table: kube, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource})
 	c.AddRule(&nftables.Rule{Table: kube, Chain: post, Exprs: []expr.Any{&expr.Masq{}}})
 	b.check(c.Flush())
 	bridge, err := netlink.LinkByName(b.lab.Bridge())
 	b.check(err)
-	vip := &net.IPNet{IP: net.IPv4(10, 96, 0, 1), Mask: net.CIDRMask(32, 32)}
-	b.check(netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Attrs().Index, Dst: vip, Scope: netlink.SCOPE_LINK}))
-	kubelet, host := b.start(b.node.Kubelet, "any", 0), b.start(b.cgroup("/pod"), "any", 0)
-	kubelet.reaches("-", "10.88.0.2:8080", "app")
-	kubelet.reaches("-", "10.96.0.1:8080", "proxy")
-	host.reaches("-", "10.96.0.1:8080", "proxy")
-	host.reaches("-", "10.88.0.2:8080", "proxy")
+	b.check(netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Attrs().Index, Dst: host(f.service), Scope: netlink.SCOPE_LINK}))
+	kubelet, other := b.start(b.node.Kubelet, "any", 0), b.start(b.cgroup("/pod"), "any", 0)
+	kubelet.reaches("-", f.at(8080), "app")
+	kubelet.reaches("-", netip.AddrPortFrom(f.service, 8080).String(), "proxy")
+	other.reaches("-", netip.AddrPortFrom(f.service, 8080).String(), "proxy")
+	other.reaches("-", f.at(8080), "proxy")
 }
 
 // Defends: probes pass while there is no agent: the one that put the rules in
 // place has ended.
-func TestAgentGone(t *testing.T) {
+func TestAgentGone(t *testing.T) { eachFamily(t, testAgentGone) }
+
+func testAgentGone(t *testing.T, f side) {
 	b := newBench(t)
 	self, err := os.Executable()
 	b.check(err)
@@ -183,7 +194,7 @@ func TestAgentGone(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	b.start(b.node.Kubelet, "any", 0).reaches("-", "10.88.0.2:8080", "app")
+	b.start(b.node.Kubelet, "any", 0).reaches("-", f.at(8080), "app")
 }
 
 // A node that is itself a container: the kubelet is in the root of the cgroup
@@ -271,27 +282,29 @@ func TestFindKubelet(t *testing.T) {
 // Defends: where the kubelet cannot be told apart, probes are refused with a
 // reason, unless the weaker way was asked for; and the rules of the weaker way
 // go when it is no longer.
-func TestAllowRoot(t *testing.T) {
+func TestAllowRoot(t *testing.T) { eachFamily(t, testAllowRoot) }
+
+func testAllowRoot(t *testing.T, f side) {
 	b := newBench(t)
 	b.node.Kubelet = "/no-such-cgroup"
-	pods := []Pod{{Addrs: []netip.Addr{podA}, Ports: []uint16{8080}}}
+	pods := []Pod{{Addrs: []netip.Addr{f.pod}, Ports: []uint16{8080}}}
 	if err := b.node.Set(t.Context(), pods); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "/no-such-cgroup") {
 		t.Errorf("not asked for: %v", err)
 	}
 	root, user := b.start(b.cgroup("/pod"), "any", 0), b.start(b.cgroup("/user"), "any", 1000)
-	root.reaches("-", "10.88.0.2:8080", "proxy")
+	root.reaches("-", f.at(8080), "proxy")
 	b.node.AllowRoot = true
 	if kind, why := b.node.Support(t.Context()); kind != Root || !strings.Contains(why, "every process of the node that runs as root") {
 		t.Errorf("asked for: %s, %q", kind, why)
 	}
-	b.set()
-	root.reaches("-", "10.88.0.2:8080", "app")
-	user.reaches("-", "10.88.0.2:8080", "proxy")
+	b.check(b.node.Set(t.Context(), pods))
+	root.reaches("-", f.at(8080), "app")
+	user.reaches("-", f.at(8080), "proxy")
 	b.node = &Node{Kubelet: b.node.Kubelet}
 	if err := b.node.Set(t.Context(), pods); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("no longer asked for: %v", err)
 	}
-	root.reaches("-", "10.88.0.2:8080", "proxy")
+	root.reaches("-", f.at(8080), "proxy")
 }
 
 // Defends: the processes of pods that the runtime did not move away from the
@@ -321,10 +334,13 @@ func TestVerify(t *testing.T) {
 	steps := []step{
 		{"table removed", func(c *nftables.Conn) { c.DelTable(table) }},
 		{"bridge table removed", func(c *nftables.Conn) { c.DelTable(bridgeTable) }},
-		{"member removed", func(c *nftables.Conn) { c.FlushSet(probedSet()) }},
-		{"member added", func(c *nftables.Conn) {
-			b.check(c.SetAddElements(probedSet(), []nftables.SetElement{{Key: target{podA, 9090}.key()}}))
-		}},
+	}
+	for i, f := range families {
+		steps = append(steps,
+			step{"member removed", func(c *nftables.Conn) { c.FlushSet(f.set()) }},
+			step{"member added", func(c *nftables.Conn) {
+				b.check(c.SetAddElements(f.set(), []nftables.SetElement{{Key: target{[]side{four, six}[i].pod, 9090}.key()}}))
+			}})
 	}
 	b.set()
 	for _, x := range []struct {

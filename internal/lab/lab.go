@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // netnsDir is where named namespaces are mounted, as "ip netns" does.
@@ -26,12 +27,17 @@ type Config struct {
 	// first address is the gateway, on the bridge. Two labs that live at
 	// the same time need different subnets.
 	Bridge netip.Prefix
+	// Bridge6 is the IPv6 subnet of the pods, at most 112 bits long; without
+	// it they have no IPv6 but link-local addresses. Hosts have the same
+	// numbers in both subnets.
+	Bridge6 netip.Prefix
 }
 
 // Lab is a bridge and its pods. Its methods are safe for concurrent use.
 type Lab struct {
 	subnet  netip.Prefix
 	gateway netip.Addr
+	subnet6 netip.Prefix // not valid: no IPv6
 	bridge  *netlink.Bridge
 
 	mu     sync.Mutex
@@ -57,7 +63,11 @@ func New(cfg Config) (*Lab, error) {
 	if !subnet.Addr().Is4() || subnet.Bits() > 30 {
 		return nil, fmt.Errorf("lab: Bridge: %s is not an IPv4 subnet with room for pods: use for example 10.88.0.0/16", subnet)
 	}
+	if six := cfg.Bridge6; six.IsValid() && (!six.Addr().Is6() || six.Addr().Is4In6() || six.Bits() > 112 || subnet.Bits() < 16) {
+		return nil, fmt.Errorf("lab: Bridge6: %s is not an IPv6 subnet with room for the hosts of %s: use for example fd88::/64", six, subnet)
+	}
 	l := &Lab{
+		subnet6: cfg.Bridge6.Masked(),
 		subnet:  subnet,
 		gateway: subnet.Addr().Next(),
 		bridge:  &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs()},
@@ -68,6 +78,12 @@ func New(cfg Config) (*Lab, error) {
 		return nil, fmt.Errorf("lab: make bridge %s: %w", l.bridge.Name, err)
 	}
 	err := netlink.AddrAdd(l.bridge, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(l.gateway, subnet.Bits()))})
+	if err == nil && l.subnet6.IsValid() {
+		err = noDuplicates(l.bridge.Name)
+	}
+	if err == nil && l.subnet6.IsValid() {
+		err = netlink.AddrAdd(l.bridge, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(l.Gateway6(), l.subnet6.Bits())), Flags: unix.IFA_F_NODAD})
+	}
 	if err == nil {
 		err = netlink.LinkSetUp(l.bridge)
 	}
@@ -80,6 +96,29 @@ func New(cfg Config) (*Lab, error) {
 // Gateway is the bridge's own address: processes outside of every pod, such
 // as an unenrolled client on the node, have it.
 func (l *Lab) Gateway() netip.Addr { return l.gateway }
+
+// Gateway6 is the bridge's IPv6 address; not valid where the lab has no
+// Bridge6.
+func (l *Lab) Gateway6() netip.Addr {
+	if !l.subnet6.IsValid() {
+		return netip.Addr{}
+	}
+	return l.six(l.gateway)
+}
+
+// six is the IPv6 address of a host of the IPv4 subnet.
+func (l *Lab) six(host netip.Addr) netip.Addr {
+	base, four, out := l.subnet.Addr().As4(), host.As4(), l.subnet6.Addr().As16()
+	out[14], out[15] = four[2]-base[2], four[3]-base[3] // the subnet has 16 bits or more
+	return netip.AddrFrom16(out)
+}
+
+// noDuplicates has an interface of the current network namespace, which is not
+// up yet, use its link-local address at once: the kernel would ask the
+// neighbours for a second whether somebody else has it.
+func noDuplicates(name string) error {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/accept_dad", []byte("0"), 0)
+}
 
 // Bridge is the name of the bridge interface.
 func (l *Lab) Bridge() string { return l.bridge.Name }

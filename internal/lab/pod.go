@@ -25,6 +25,9 @@ type Pod struct {
 	Name string
 	// Addr is the address of eth0.
 	Addr netip.Addr
+	// Addr6 is the IPv6 address of eth0; not valid where the lab has no
+	// Bridge6.
+	Addr6 netip.Addr
 	// NetNS is the absolute path of the namespace, /run/netns/<name>.
 	NetNS string
 
@@ -62,6 +65,9 @@ func (l *Lab) AddPod(name string, addr netip.Addr) (*Pod, error) {
 		Addr:  addr,
 		NetNS: filepath.Join(netnsDir, name),
 		veth:  fmt.Sprintf("veth%d", linkNumber.Add(1)),
+	}
+	if l.subnet6.IsValid() {
+		p.Addr6 = l.six(addr)
 	}
 	var err error
 	if p.ns, err = makeNetNS(p.NetNS); err != nil {
@@ -101,11 +107,24 @@ func (l *Lab) connect(p *Pod) error {
 	if err := h.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.Addr, l.subnet.Bits()))}); err != nil {
 		return fmt.Errorf("set address: %w", err)
 	}
+	if p.Addr6.IsValid() {
+		if err := p.Do(func() error { return noDuplicates("eth0") }); err != nil {
+			return fmt.Errorf("set up IPv6: %w", err)
+		}
+		if err := h.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.Addr6, l.subnet6.Bits())), Flags: unix.IFA_F_NODAD}); err != nil {
+			return fmt.Errorf("set IPv6 address: %w", err)
+		}
+	}
 	if err := h.LinkSetUp(eth0); err != nil {
 		return fmt.Errorf("set eth0 up: %w", err)
 	}
 	if err := h.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: l.gateway.AsSlice()}); err != nil {
 		return fmt.Errorf("set default route: %w", err)
+	}
+	if p.Addr6.IsValid() {
+		if err := h.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: l.six(l.gateway).AsSlice()}); err != nil {
+			return fmt.Errorf("set IPv6 default route: %w", err)
+		}
 	}
 	return nil
 }

@@ -22,9 +22,13 @@ func Meta(key expr.MetaKey, op expr.CmpOp, value []byte) []expr.Any {
 // Native is a number as the kernel keeps it.
 func Native(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 
-// IPv4 matches packets of IPv4.
-func IPv4() []expr.Any {
-	return Meta(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{unix.NFPROTO_IPV4})
+// Family matches packets of an address's family.
+func Family(a netip.Addr) []expr.Any {
+	family := byte(unix.NFPROTO_IPV6)
+	if a.Is4() {
+		family = unix.NFPROTO_IPV4
+	}
+	return Meta(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{family})
 }
 
 // TCP matches packets of TCP.
@@ -32,17 +36,33 @@ func TCP() []expr.Any {
 	return Meta(expr.MetaKeyL4PROTO, expr.CmpOpEq, []byte{unix.IPPROTO_TCP})
 }
 
-// Where the addresses are in an IPv4 header.
-const (
-	SourceAt      = 12
-	DestinationAt = 16
-)
+// Source matches packets of the address's family by their source.
+func Source(a netip.Addr) []expr.Any {
+	if a.Is4() {
+		return address(12, a)
+	}
+	return address(8, a)
+}
 
-// Address matches IPv4 packets by an address, SourceAt or DestinationAt.
-func Address(at uint32, a netip.Addr) []expr.Any {
+// Destination matches packets of the address's family by their destination.
+func Destination(a netip.Addr) []expr.Any {
+	return address(DestinationAt(a), a)
+}
+
+// DestinationAt is where the destination is in the header of the address's
+// family.
+func DestinationAt(a netip.Addr) uint32 {
+	if a.Is4() {
+		return 16
+	}
+	return 24
+}
+
+func address(at uint32, a netip.Addr) []expr.Any {
+	b := a.AsSlice()
 	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: a.AsSlice()},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: uint32(len(b))},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: b},
 	}
 }
 
