@@ -39,6 +39,7 @@ func helm(ctx context.Context, t *testing.T, args ...string) (stdout, stderr str
 type release struct {
 	namespaces  []corev1.Namespace
 	accounts    []corev1.ServiceAccount
+	secrets     []corev1.Secret
 	services    []corev1.Service
 	deployments []appsv1.Deployment
 	daemons     []appsv1.DaemonSet
@@ -72,6 +73,8 @@ func render(t *testing.T, set ...string) release {
 			r.namespaces = parse(t, doc, r.namespaces)
 		case "ServiceAccount":
 			r.accounts = parse(t, doc, r.accounts)
+		case "Secret":
+			r.secrets = parse(t, doc, r.secrets)
 		case "Service":
 			r.services = parse(t, doc, r.services)
 		case "Deployment":
@@ -139,7 +142,7 @@ func TestPrivileges(t *testing.T) {
 	}
 	wantPaths := map[string][]string{
 		"signet-control": nil,
-		"signet-agent":   {"/etc/cni/net.d", "/opt/cni/bin", "/run/signet", "/sys/fs/cgroup", "/var/lib/signet"},
+		"signet-agent":   {"/etc/cni/net.d", "/opt/cni/bin", "/run/netns", "/run/signet", "/sys/fs/cgroup", "/var/lib/signet"},
 		"signet-proxy":   {"/run/signet", "/var/lib/signet/agent"},
 	}
 	for variant, set := range variants {
@@ -308,8 +311,28 @@ func TestRights(t *testing.T) {
 			update configmaps signet-joins
 			update leases.coordination.k8s.io signet-control`,
 		"signet-agent": `
-			get configmaps signet-bundle
+			get configmaps signet-bundle`,
+		// Of the agents and of the account whose token shows that the release is there.
+		"signet-witness": `
 			get daemonsets.apps signet-agent`,
+		"signet-operator": `
+			create pods/portforward
+			get daemonsets.apps
+			get deployments.apps
+			get pods/portforward
+			list pods`,
+		"cluster signet-operator": `
+			get allowpolicies.signet.dev
+			get customresourcedefinitions.apiextensions.k8s.io
+			get meshconfigs.signet.dev
+			get namespaces
+			get nodes
+			get quarantines.signet.dev
+			list allowpolicies.signet.dev
+			list meshconfigs.signet.dev
+			list namespaces
+			list nodes
+			list quarantines.signet.dev`,
 	}
 	for name, text := range want {
 		slices.Sort(got[name])
@@ -329,6 +352,10 @@ func TestRights(t *testing.T) {
 		if a.AutomountServiceAccountToken == nil || *a.AutomountServiceAccountToken {
 			t.Errorf("every pod of account %s gets its token", a.Name)
 		}
+	}
+	// A token that never ends is for the account that may do next to nothing.
+	if s := r.secrets; len(s) != 1 || s[0].Type != corev1.SecretTypeServiceAccountToken || s[0].Annotations[corev1.ServiceAccountNameKey] != "signet-witness" || len(s[0].Data) > 0 {
+		t.Errorf("secrets: %+v", s)
 	}
 }
 

@@ -10,21 +10,33 @@ import (
 	"time"
 )
 
+// Witness is the file with a token that no pod is bound to, of a service account
+// that belongs to the release. The API server refuses a pod's own token when the
+// pod is deleted as well as when the release is; this one only when the release
+// is.
+const Witness = "/var/run/secrets/signet-witness/token"
+
 // DaemonSet is the one that the asking pod is part of.
 type DaemonSet struct {
-	client *Client
-	path   string
+	client  *Client
+	witness *Client // nil: there is none
+	path    string
 
-	mu  sync.Mutex
-	uid string // guarded by mu; when it was seen first, "" before
+	mu      sync.Mutex
+	uid     string // guarded by mu; when it was seen first, "" before
+	trusted bool   // guarded by mu; the witness saw it
 }
 
 // DaemonSet returns what answers about a DaemonSet.
 func (c *Client) DaemonSet(namespace, name string) *DaemonSet {
-	return &DaemonSet{
+	d := &DaemonSet{
 		client: c,
 		path:   "/apis/apps/v1/namespaces/" + url.PathEscape(namespace) + "/daemonsets/" + url.PathEscape(name),
 	}
+	if c.witness != "" {
+		d.witness = &Client{server: c.server, token: c.witness, client: c.client}
+	}
+	return d
 }
 
 // object is what is read of a DaemonSet.
@@ -35,16 +47,25 @@ type object struct {
 	} `json:"metadata"`
 }
 
+// get asks with the witness's token once that has been good, and with the pod's
+// own until then.
 func (d *DaemonSet) get(ctx context.Context) (int, object, error) {
+	d.mu.Lock()
+	client := d.client
+	if d.trusted {
+		client = d.witness
+	}
+	d.mu.Unlock()
 	var o object
-	status, err := d.client.get(ctx, d.path, &o)
+	status, err := client.get(ctx, d.path, &o)
 	if err == nil && status == http.StatusOK && o.Metadata.UID == "" {
 		err = errors.New("the API server's answer names no object")
 	}
 	return status, o, err
 }
 
-// Remember asks until the DaemonSet was seen once, or ctx ends.
+// Remember asks until the DaemonSet was seen once, by the witness too if there
+// is one, or ctx ends.
 func (d *DaemonSet) Remember(ctx context.Context, log *slog.Logger) {
 	for first := true; ; first = false {
 		status, o, err := d.get(ctx)
@@ -52,9 +73,10 @@ func (d *DaemonSet) Remember(ctx context.Context, log *slog.Logger) {
 			d.mu.Lock()
 			d.uid = o.Metadata.UID
 			d.mu.Unlock()
-			return
-		}
-		if first && ctx.Err() == nil {
+			if d.witness == nil || d.ask(ctx) {
+				return
+			}
+		} else if first && ctx.Err() == nil {
 			log.WarnContext(ctx, "cannot see the own DaemonSet; while that is so, what this program put on the node stays there when the release is deleted", "path", d.path, "status", status, "error", err)
 		}
 		select {
@@ -65,13 +87,23 @@ func (d *DaemonSet) Remember(ctx context.Context, log *slog.Logger) {
 	}
 }
 
+// ask reports whether the witness sees the DaemonSet, and remembers that it did.
+func (d *DaemonSet) ask(ctx context.Context) bool {
+	var o object
+	status, err := d.witness.get(ctx, d.path, &o)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.trusted = err == nil && status == http.StatusOK && o.Metadata.UID == d.uid
+	return d.trusted
+}
+
 // Gone says whether the DaemonSet is known to be gone, and why. Whatever is
 // not certain is not gone. It asks again until it is certain or ctx ends.
 func (d *DaemonSet) Gone(ctx context.Context, log *slog.Logger) (why string, gone bool) {
 	d.mu.Lock()
-	uid := d.uid
+	uid, trusted := d.uid, d.trusted
 	d.mu.Unlock()
-	forbidden := 0
+	refused := 0 // in a row
 	for {
 		status, o, err := d.get(ctx)
 		switch {
@@ -85,18 +117,19 @@ func (d *DaemonSet) Gone(ctx context.Context, log *slog.Logger) (why string, gon
 			return "the DaemonSet is another one", true
 		case status == http.StatusOK:
 			return "", false
-		case status == http.StatusForbidden && uid != "":
-			// Known, but without a right that was there: it was deleted with
-			// the release. Seen three times in a row, since a server that has
-			// just started knows no rights yet.
-			if forbidden++; forbidden == 3 {
+		case status == http.StatusForbidden && uid != "" || status == http.StatusUnauthorized && trusted:
+			// Known, but without a right, or an account, that was there: it was
+			// deleted with the release. Seen three times in a row, since a server
+			// that has just started knows no rights yet.
+			if refused++; refused == 3 {
 				return "the right to see the DaemonSet was deleted", true
 			}
 		default:
+			refused = 0
 			log.WarnContext(ctx, "ask for the own DaemonSet", "status", status)
 		}
-		if status != http.StatusForbidden || err != nil {
-			forbidden = 0
+		if err != nil {
+			refused = 0
 		}
 		select {
 		case <-ctx.Done():

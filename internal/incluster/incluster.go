@@ -26,6 +26,8 @@ type Client struct {
 	server string
 	token  string // path of the file, whose content changes
 	client *http.Client
+	// witness is the file of another token; "" if there is none.
+	witness string
 }
 
 // Credentials is the directory where kubelet puts a pod's credentials.
@@ -41,7 +43,14 @@ func Connect() (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return New("https://"+net.JoinHostPort(host, port), filepath.Join(Credentials, "token"), pem)
+	c, err := New("https://"+net.JoinHostPort(host, port), filepath.Join(Credentials, "token"), pem)
+	if err == nil {
+		// The folder is there from the start, the token a little later.
+		if _, err := os.Stat(filepath.Dir(Witness)); err == nil {
+			c.witness = Witness
+		}
+	}
+	return c, err
 }
 
 // New returns a Client of a server, with a file that holds a token and the

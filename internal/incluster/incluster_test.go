@@ -75,6 +75,7 @@ func TestGone(t *testing.T) {
 		{"its right was deleted", 200, 403, "", true},
 		{"it never had the right", 403, 403, "", false},
 		{"its token is no longer good", 200, 401, "", false},
+		{"the witness's account was deleted", 200, 401, "witness", true},
 		{"server in trouble", 200, 500, "", false},
 		{"no object", 200, 200, `{}`, false},
 		{"no JSON", 200, 200, `<html>`, false},
@@ -82,7 +83,11 @@ func TestGone(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			s := &server{path: "/apis/apps/v1/namespaces/signet-system/daemonsets/signet-agent", status: tc.first, body: here}
-			d := s.connect(t).DaemonSet("signet-system", "signet-agent")
+			c := s.connect(t)
+			if tc.body == "witness" {
+				c.witness = c.token
+			}
+			d := c.DaemonSet("signet-system", "signet-agent")
 			log := slog.New(slog.NewTextHandler(t.Output(), nil))
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()

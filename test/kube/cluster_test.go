@@ -2,6 +2,7 @@ package kube
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,8 +16,8 @@ import (
 )
 
 // left is all that a cluster in a folder could leave on the machine: mounts,
-// links, control groups, and processes that name the folder.
-func left(t *testing.T, dir string) []string {
+// links, control groups of a name, and processes that name the folder.
+func left(t *testing.T, dir, cgroup string) []string {
 	t.Helper()
 	var all []string
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
@@ -37,8 +38,8 @@ func left(t *testing.T, dir string) []string {
 			all = append(all, "link "+strings.TrimSuffix(fields[1], ":"))
 		}
 	}
-	found, err := filepath.Glob("/sys/fs/cgroup/*/signet*")
-	more, merr := filepath.Glob("/sys/fs/cgroup/signet*")
+	found, err := filepath.Glob("/sys/fs/cgroup/*/"+cgroup)
+	more, merr := filepath.Glob("/sys/fs/cgroup/"+cgroup)
 	if err != nil || merr != nil {
 		t.Fatal(err, merr)
 	}
@@ -72,7 +73,8 @@ func TestClusterLeavesNothing(t *testing.T) {
 	if err := cluster.Down(t.Context(), dir, nil); err != nil { // of a test that was killed
 		t.Fatal(err)
 	}
-	before := left(t, dir)
+	before := left(t, dir, "none")
+	cgroup := ""
 	for range 2 {
 		began := time.Now()
 		c, err := cluster.Start(t.Context(), cluster.Options{Dir: dir, Log: t.Output()})
@@ -80,11 +82,21 @@ func TestClusterLeavesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Logf("two nodes and DNS were up after %.1f s", time.Since(began).Seconds())
+		var machine struct{ Cgroup string }
+		if text, err := os.ReadFile(filepath.Join(dir, "node1", "machine.json")); err != nil {
+			t.Fatal(err)
+		} else if err := json.Unmarshal(text, &machine); err != nil {
+			t.Fatal(err)
+		}
+		cgroup, _, _ = strings.Cut(machine.Cgroup, "/")
+		if len(left(t, dir, cgroup)) <= len(before) {
+			t.Error("a running cluster is not seen")
+		}
 		if err := c.Down(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if after := left(t, dir); !slices.Equal(before, after) {
+	if after := left(t, dir, cgroup); !slices.Equal(before, after) {
 		t.Errorf("left:\n%s\nbefore:\n%s", strings.Join(after, "\n"), strings.Join(before, "\n"))
 	}
 	b.ready()

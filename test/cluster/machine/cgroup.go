@@ -188,3 +188,24 @@ func leave() error {
 	}
 	return nil
 }
+
+// serviceCgroup returns the version 2 cgroup of a service, which is its own, as
+// systemd would have it: others of the machine are not in it. It is nil on a
+// machine without that version.
+func serviceCgroup(name string) (*os.File, error) {
+	all, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range all {
+		if h.fstype != "cgroup2" {
+			continue
+		}
+		dir := filepath.Join(h.dir, "system.slice", name+".service")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+		return os.Open(dir)
+	}
+	return nil, nil
+}

@@ -157,11 +157,20 @@ func (s *supervisor) start(w spec.Service) (pid int, err error) {
 		return 0, err
 	}
 	defer null.Close()
+	sys := &syscall.SysProcAttr{Setsid: true}
+	cgroup, err := serviceCgroup(w.Name)
+	if err != nil {
+		return 0, err
+	}
+	if cgroup != nil {
+		defer cgroup.Close()
+		sys.UseCgroupFD, sys.CgroupFD = true, int(cgroup.Fd())
+	}
 	return syscall.ForkExec(w.Argv[0], w.Argv, &syscall.ProcAttr{
 		Dir:   "/",
 		Env:   environment(),
 		Files: []uintptr{null.Fd(), log.Fd(), log.Fd()},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
+		Sys:   sys,
 	})
 }
 
