@@ -276,7 +276,7 @@ func TestManifests(t *testing.T) {
 		b.kubectl("-n", "signet-system", "rollout", "status", what, "--timeout=3m")
 	}
 	b.enforce()
-	b.kubectl("delete", "-f", manifests, "--timeout=3m")
+	b.kubectl("delete", "--ignore-not-found", "-f", manifests, "--timeout=3m")
 	b.left(pods)
 	b.gone()
 }

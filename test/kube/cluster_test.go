@@ -38,8 +38,8 @@ func left(t *testing.T, dir, cgroup string) []string {
 			all = append(all, "link "+strings.TrimSuffix(fields[1], ":"))
 		}
 	}
-	found, err := filepath.Glob("/sys/fs/cgroup/*/"+cgroup)
-	more, merr := filepath.Glob("/sys/fs/cgroup/"+cgroup)
+	found, err := filepath.Glob("/sys/fs/cgroup/*/" + cgroup)
+	more, merr := filepath.Glob("/sys/fs/cgroup/" + cgroup)
 	if err != nil || merr != nil {
 		t.Fatal(err, merr)
 	}

@@ -82,7 +82,8 @@ func TestDeleteRelease(t *testing.T) {
 // and returns when all pods of it are gone.
 func (b *bench) uninstall() {
 	b.Helper()
-	b.kubectl("delete", "-f", b.manifests, "--timeout=3m")
+	// Not found: the token in a Secret goes with its account.
+	b.kubectl("delete", "--ignore-not-found", "-f", b.manifests, "--timeout=3m")
 	b.eventually(time.Minute, func() string {
 		if left := b.kubectl("get", "pods", "-A", "-l", "app.kubernetes.io/part-of=signet", "-o", "name"); left != "" {
 			return fmt.Sprintf("left: %s", left)
