@@ -23,6 +23,7 @@ const system = "signet-system"
 type bench struct {
 	*testing.T
 	*env
+	gone time.Time // when the last uninstall had ended all pods
 }
 
 // open gives a test the cluster with the whole release installed and ready.
@@ -32,7 +33,7 @@ func open(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bench{t, e}
+	b := &bench{T: t, env: e}
 	b.install()
 	t.Cleanup(func() {
 		if t.Failed() {
