@@ -177,6 +177,14 @@ func TestStolenNodeCertificate(t *testing.T) {
 	spent := spentToken(t, node1)
 	free := strings.TrimSpace(b.kubectl("-n", system, "create", "token", "signet-agent", "--audience=signet-control"))
 	bare := nodev1.NewNodeClient(conn)
+	// An agent that found a certificate on its disk has not used its token yet;
+	// it makes a certificate of its own node, once.
+	if svid, err := bare.Join(ctx, &nodev1.JoinRequest{Token: spent, Csr: csr(t, "")}); err == nil {
+		leaf, err := x509.ParseCertificate(svid.GetChain()[0])
+		if err != nil || leaf.URIs[0].String() != "spiffe://"+trustDomain+"/signet/node/node1" {
+			t.Errorf("the agent's token of node1 makes %v, %v", leaf.URIs, err)
+		}
+	}
 	for _, token := range []string{"", "x", spent, spent, spent + " ", free, free} {
 		_, err := bare.Join(ctx, &nodev1.JoinRequest{Token: token, Csr: csr(t, "")})
 		th.refused("join", err)
