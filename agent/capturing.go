@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
@@ -20,10 +21,25 @@ import (
 // remembers what it saw when it last looked.
 type capturing struct {
 	mu      sync.Mutex
-	applied map[string]bool   // guarded by mu; namespaces with our rules
-	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
-	pods    map[string]sight  // guarded by mu; the same by pod UID
-	proxy   uint64            // guarded by mu; the relay's generation when that was seen
+	applied map[string]ruleState // guarded by mu; namespaces with our rules
+	seen    map[string]string    // guarded by mu; workload -> problem, "" is captured
+	pods    map[string]sight     // guarded by mu; the same by pod UID
+	proxy   uint64               // guarded by mu; the relay's generation when that was seen
+}
+
+// ruleState is which of our rules a namespace has.
+type ruleState uint8
+
+const (
+	noRules   ruleState = iota
+	captures            // those of package capture
+	leftovers           // it has left the mesh, and the proxy has connections of it
+)
+
+func (c *capturing) get(netns string) ruleState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.applied[netns]
 }
 
 // sight is what was seen of one pod.
@@ -56,25 +72,35 @@ const lookEvery = 500 * time.Millisecond
 func (a *agent) capture(ctx context.Context) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
+	wait := lookForListeners
 	for {
-		if s := a.place(ctx); s != nil {
-			a.look(ctx, s)
+		var soon <-chan time.Time
+		if s := a.place(ctx); s != nil && a.look(ctx, s) {
+			soon = time.After(wait)
+			wait = min(2*wait, lookEvery)
+		} else {
+			wait = lookForListeners
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-a.poke:
+		case <-soon:
 		case <-tick.C:
 		}
 	}
 }
 
-// look compares every namespace with the state and repairs what differs.
-func (a *agent) look(ctx context.Context, s *nodeState) {
+// lookForListeners is how soon it is looked again whether the proxy listens in
+// a pod that is to be captured then.
+const lookForListeners = 20 * time.Millisecond
+
+// look compares every namespace with the state and repairs what differs. It
+// reports whether a pod waits for the proxy to listen in it.
+func (a *agent) look(ctx context.Context, s *nodeState) (waits bool) {
 	began := time.Now()
 	present := map[string]uint64{}
 	seen := map[string]string{}
-	wanted := map[string]bool{}
 	for i := range s.workloads {
 		w := &s.workloads[i]
 		if w.Capture == nil {
@@ -84,13 +110,16 @@ func (a *agent) look(ctx context.Context, s *nodeState) {
 			seen[w.Key()] = a.pods.absent(w.UID)
 			continue
 		}
-		wanted[w.Capture.NetNS] = true
 		inode, err := namespaceID(w.Capture.NetNS)
 		if err != nil {
 			seen[w.Key()] = err.Error()
 			continue
 		}
 		present[w.Capture.NetNS] = inode
+		if why := a.early(s, w); why != "" {
+			seen[w.Key()], waits = why, true
+			continue
+		}
 		seen[w.Key()] = a.hold(w)
 	}
 	a.probes.look(ctx, s.workloads)
@@ -110,25 +139,61 @@ func (a *agent) look(ctx context.Context, s *nodeState) {
 		}
 	}
 
+	a.letGo(s)
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
-	for netns := range a.rules.applied {
-		if wanted[netns] {
-			continue
-		}
-		if err := capture.Remove(netns); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			a.log.Error("releasing a network namespace", "netns", netns, "error", err)
-			continue
-		}
-		a.log.Info("network namespace released", "netns", netns)
-		delete(a.rules.applied, netns)
-	}
-	a.pods.release(s, func(path string) bool { return a.rules.applied[path] })
+	a.pods.release(s, func(path string) bool { return a.rules.applied[path] != noRules })
 	a.rules.seen, a.rules.proxy = seen, proxy
 	a.rules.pods = map[string]sight{}
 	for i := range s.workloads {
 		if w := &s.workloads[i]; w.UID != "" && w.Capture != nil {
 			a.rules.pods[w.UID] = sight{began: began, inode: present[w.Capture.NetNS], problem: seen[w.Key()]}
+		}
+	}
+	return waits
+}
+
+// early says why a pod is not captured yet; "" if it is, or is to be. One that
+// runs already and observes keeps its connections to the outside until the proxy
+// can take them. Where the namespace enforces, closed comes before open.
+func (a *agent) early(s *nodeState, w *mesh.Workload) string {
+	if s.modes[w.Namespace] != mesh.ModeObserve || a.rules.get(w.Capture.NetNS) == captures {
+		return ""
+	}
+	return listening(w)
+}
+
+// letGo takes the rules out of the namespaces that have left the mesh. It is
+// done before the proxy is told to listen there no more: what is still
+// redirected finds a listener.
+func (a *agent) letGo(s *nodeState) {
+	wanted := map[string]bool{}
+	for i := range s.workloads {
+		if w := &s.workloads[i]; w.Capture != nil {
+			wanted[w.Capture.NetNS] = true
+			if a.pods != nil { // also one whose namespace cannot be looked at now
+				wanted[filepath.Join(PinDir(a.cfg.RunDir), w.UID)] = true
+			}
+		}
+	}
+	a.rules.mu.Lock()
+	defer a.rules.mu.Unlock()
+	for netns, has := range a.rules.applied {
+		if wanted[netns] {
+			continue
+		}
+		open, err := capture.Leave(netns)
+		switch {
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
+			a.log.Error("releasing a network namespace", "netns", netns, "error", err)
+		case open > 0:
+			if has == captures {
+				a.log.Info("network namespace released; the proxy keeps what is open", "netns", netns, "connections", open)
+			}
+			a.rules.applied[netns] = leftovers
+		default:
+			a.log.Info("network namespace released", "netns", netns)
+			delete(a.rules.applied, netns)
 		}
 	}
 }
@@ -170,6 +235,7 @@ func (a *agent) give(s *nodeState) {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
 		return
 	}
+	a.letGo(s)
 	a.relay.SetLocal(set)
 	a.given = s
 }
@@ -195,10 +261,7 @@ func (a *agent) hold(w *mesh.Workload) string {
 	netns := w.Capture.NetNS
 	err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes})
 	if err != nil {
-		a.rules.mu.Lock()
-		again := a.rules.applied[netns]
-		a.rules.mu.Unlock()
-		if again {
+		if a.rules.get(netns) == captures {
 			a.log.Warn("capture rules were not in place and are repaired", "netns", netns, "found", err)
 		}
 		if err := capture.Apply(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
@@ -214,7 +277,7 @@ func (a *agent) hold(w *mesh.Workload) string {
 		}
 	}
 	a.rules.mu.Lock()
-	a.rules.applied[netns] = true
+	a.rules.applied[netns] = captures
 	a.rules.mu.Unlock()
 	return ""
 }

@@ -129,6 +129,21 @@ func (p *pods) absent(uid string) string {
 	return "no network namespace yet"
 }
 
+// pinned lists the network namespaces that an earlier run held.
+func (p *pods) pinned() (paths []string) {
+	if p == nil {
+		return nil
+	}
+	pins, err := p.store.List()
+	if err != nil {
+		p.log.Error("listing pinned network namespaces", "error", err)
+	}
+	for _, pin := range pins {
+		paths = append(paths, pin.Path)
+	}
+	return paths
+}
+
 // release unpins what no workload of the state needs any more. Its rules have
 // been removed before.
 func (p *pods) release(s *nodeState, held func(path string) bool) {

@@ -179,8 +179,11 @@ func (a *agent) loadState() {
 		// Should a workload have left meanwhile, its rules must go.
 		for i := range a.state.workloads {
 			if c := a.state.workloads[i].Capture; c != nil && c.NetNS != "" {
-				a.rules.applied[c.NetNS] = true
+				a.rules.applied[c.NetNS] = captures
 			}
+		}
+		for _, path := range a.pods.pinned() { // also those that left just before
+			a.rules.applied[path] = captures
 		}
 	}
 	if err != nil {

@@ -112,6 +112,15 @@ func Verify(netns string, o Options) error {
 // Remove undoes Apply; see NS.Remove.
 func Remove(netns string) error { return with(netns, (*NS).Remove) }
 
+// Leave undoes Apply, but for open connections; see NS.Leave.
+func Leave(netns string) (open int, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		open, err = ns.Leave()
+		return err
+	})
+	return open, err
+}
+
 // ResetEstablished ends the connections that bypass the proxy; see
 // NS.ResetEstablished.
 func ResetEstablished(netns string) (n int, err error) {

@@ -78,6 +78,15 @@ func ruleset(o Options) []chain {
 	}
 }
 
+// translation is what the kernel needs to go on with the connections that it
+// has redirected, and redirects none.
+func translation() []chain {
+	return []chain{
+		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest},
+		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest},
+	}
+}
+
 func mark() []expr.Any {
 	return nft.Meta(expr.MetaKeyMARK, expr.CmpOpEq, nft.Native(mesh.SocketMark))
 }
