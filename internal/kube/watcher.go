@@ -261,12 +261,12 @@ func (f *follower) step(ctx context.Context, d *dirty) {
 		f.last = time.Now()
 		f.view = f.index.view(f.settings, f.documents)
 		f.history = f.history.add(f.view)
-		f.index.saw(f.view)
 		f.accept(f.view)
 		if f.told = f.faults; len(f.told) > 0 {
 			f.reject(f.told...)
 		}
 	}
+	f.index.saw(f.view) // a step may be one that changes nothing
 	w.latest.Store(&snapshot{view: f.view, documents: f.documents, faults: f.faults, history: f.history, changing: f.index.changing(), notices: f.index.notices()})
 }
 

@@ -10,7 +10,6 @@ import (
 	"net"
 	"sync"
 
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -49,12 +48,7 @@ func (p *Pod) Sniff(ctx context.Context, iface string, canaries ...[]byte) (*Sni
 // SniffAt watches an interface in the network namespace at a path, such as a
 // node of a cluster has, until ctx ends or the sniffer is closed.
 func SniffAt(ctx context.Context, path, iface string, canaries ...[]byte) (s *Sniffer, err error) {
-	ns, err := netns.GetFromPath(path)
-	if err != nil {
-		return nil, fmt.Errorf("lab: sniff: network namespace %s: %w", path, err)
-	}
-	defer ns.Close()
-	err = elsewhere(func() error { return netns.Set(ns) }, func() (err error) {
+	err = In(path, func() (err error) {
 		s, err = newSniffer(ctx, iface, canaries)
 		return err
 	})
