@@ -21,10 +21,10 @@ import (
 // remembers what it saw when it last looked.
 type capturing struct {
 	mu      sync.Mutex
-	applied map[string]ruleState // guarded by mu; namespaces with our rules
-	seen    map[string]string    // guarded by mu; workload -> problem, "" is captured
-	pods    map[string]sight     // guarded by mu; the same by pod UID
-	proxy   uint64               // guarded by mu; the relay's generation when that was seen
+	applied map[string]ruled  // guarded by mu; namespaces with our rules
+	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
+	pods    map[string]sight  // guarded by mu; the same by pod UID
+	proxy   uint64            // guarded by mu; the relay's generation when that was seen
 }
 
 // ruleState is which of our rules a namespace has.
@@ -36,10 +36,17 @@ const (
 	leftovers           // it has left the mesh, and the proxy has connections of it
 )
 
+// ruled is a namespace with rules of ours.
+type ruled struct {
+	state ruleState
+	// home is the namespace of its workload; empty when that is not known.
+	home string
+}
+
 func (c *capturing) get(netns string) ruleState {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.applied[netns]
+	return c.applied[netns].state
 }
 
 // sight is what was seen of one pod.
@@ -142,7 +149,7 @@ func (a *agent) look(ctx context.Context, s *nodeState) (waits bool) {
 	a.letGo(s)
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
-	a.pods.release(s, func(path string) bool { return a.rules.applied[path] != noRules })
+	a.pods.release(s, func(path string) bool { return a.rules.applied[path].state != noRules })
 	a.rules.seen, a.rules.proxy = seen, proxy
 	a.rules.pods = map[string]sight{}
 	for i := range s.workloads {
@@ -182,15 +189,20 @@ func (a *agent) letGo(s *nodeState) {
 		if wanted[netns] {
 			continue
 		}
-		open, err := capture.Leave(netns)
+		open, err := 0, error(nil)
+		if has.home != "" && s.enrolled[has.home] { // not the namespace left, but the pod is gone
+			err = capture.Remove(netns)
+		} else {
+			open, err = capture.Leave(netns)
+		}
 		switch {
 		case err != nil && !errors.Is(err, fs.ErrNotExist):
 			a.log.Error("releasing a network namespace", "netns", netns, "error", err)
 		case open > 0:
-			if has == captures {
+			if has.state == captures {
 				a.log.Info("network namespace released; the proxy keeps what is open", "netns", netns, "connections", open)
 			}
-			a.rules.applied[netns] = leftovers
+			a.rules.applied[netns] = ruled{leftovers, has.home}
 		default:
 			a.log.Info("network namespace released", "netns", netns)
 			delete(a.rules.applied, netns)
@@ -277,7 +289,7 @@ func (a *agent) hold(w *mesh.Workload) string {
 		}
 	}
 	a.rules.mu.Lock()
-	a.rules.applied[netns] = captures
+	a.rules.applied[netns] = ruled{captures, w.Namespace}
 	a.rules.mu.Unlock()
 	return ""
 }

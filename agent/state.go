@@ -178,12 +178,14 @@ func (a *agent) loadState() {
 	if err == nil {
 		// Should a workload have left meanwhile, its rules must go.
 		for i := range a.state.workloads {
-			if c := a.state.workloads[i].Capture; c != nil && c.NetNS != "" {
-				a.rules.applied[c.NetNS] = captures
+			if w := &a.state.workloads[i]; w.Capture != nil && w.Capture.NetNS != "" {
+				a.rules.applied[w.Capture.NetNS] = ruled{captures, w.Namespace}
 			}
 		}
 		for _, path := range a.pods.pinned() { // also those that left just before
-			a.rules.applied[path] = captures
+			if a.rules.get(path) == noRules {
+				a.rules.applied[path] = ruled{state: captures}
+			}
 		}
 	}
 	if err != nil {

@@ -81,8 +81,7 @@ func (n *NS) Remove() error {
 }
 
 // Leave takes the rules away, as Remove does, but not the connections that the
-// proxy has taken: while there are any, two chains without rules stay, for the
-// sake of which the kernel goes on translating their addresses, and so do the
+// proxy has taken: while there are any, two chains stay, for the sake of which the kernel goes on translating their addresses, and so do the
 // settings. Nothing new is captured. It returns how many connections there
 // are; once there are none, all is removed, as by Remove.
 func (n *NS) Leave() (int, error) {

@@ -121,6 +121,15 @@ func Leave(netns string) (open int, err error) {
 	return open, err
 }
 
+// End ends all connections; see NS.End.
+func End(netns string) (n int, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		n, err = ns.End()
+		return err
+	})
+	return n, err
+}
+
 // ResetEstablished ends the connections that bypass the proxy; see
 // NS.ResetEstablished.
 func ResetEstablished(netns string) (n int, err error) {

@@ -79,11 +79,13 @@ func ruleset(o Options) []chain {
 }
 
 // translation is what the kernel needs to go on with the connections that it
-// has redirected, and redirects none.
+// has redirected, and redirects none: it tracks connections only while a rule
+// asks about them, and translates only while a chain could say how.
 func translation() []chain {
+	tracked := []rule{{Comment: "tracked", Exprs: slices.Concat(nft.TCP(), translated(), nft.Done())}}
 	return []chain{
-		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest},
-		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest},
+		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: tracked},
+		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: tracked},
 	}
 }
 
