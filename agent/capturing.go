@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/xds"
 )
@@ -25,6 +26,7 @@ type capturing struct {
 	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
 	pods    map[string]sight  // guarded by mu; the same by pod UID
 	proxy   uint64            // guarded by mu; the relay's generation when that was seen
+	looked  *nodeState        // guarded by mu; what was compared with then
 }
 
 // ruleState is which of our rules a namespace has.
@@ -41,6 +43,8 @@ type ruled struct {
 	state ruleState
 	// home is the namespace of its workload; empty when that is not known.
 	home string
+	// keepsOpen: connections from before the capture go on.
+	keepsOpen bool
 }
 
 func (c *capturing) get(netns string) ruleState {
@@ -69,6 +73,13 @@ func (c *capturing) problem(uid string, inode uint64, since time.Time) string {
 	default:
 		return s.problem
 	}
+}
+
+// by reports whether the last look was by this very state.
+func (c *capturing) by(s *nodeState) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.looked == s
 }
 
 // lookEvery is how often the kernel's rules are read back.
@@ -127,7 +138,7 @@ func (a *agent) look(ctx context.Context, s *nodeState) (waits bool) {
 			seen[w.Key()], waits = why, true
 			continue
 		}
-		seen[w.Key()] = a.hold(w)
+		seen[w.Key()] = a.hold(s, w)
 	}
 	a.probes.look(ctx, s.workloads)
 	a.relay.SetNamespaces(present)
@@ -150,7 +161,7 @@ func (a *agent) look(ctx context.Context, s *nodeState) (waits bool) {
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
 	a.pods.release(s, func(path string) bool { return a.rules.applied[path].state != noRules })
-	a.rules.seen, a.rules.proxy = seen, proxy
+	a.rules.seen, a.rules.proxy, a.rules.looked = seen, proxy, s
 	a.rules.pods = map[string]sight{}
 	for i := range s.workloads {
 		if w := &s.workloads[i]; w.UID != "" && w.Capture != nil {
@@ -202,7 +213,7 @@ func (a *agent) letGo(s *nodeState) {
 			if has.state == captures {
 				a.log.Info("network namespace released; the proxy keeps what is open", "netns", netns, "connections", open)
 			}
-			a.rules.applied[netns] = ruled{leftovers, has.home}
+			a.rules.applied[netns] = ruled{state: leftovers, home: has.home}
 		default:
 			a.log.Info("network namespace released", "netns", netns)
 			delete(a.rules.applied, netns)
@@ -268,28 +279,39 @@ func (a *agent) wake() {
 }
 
 // hold puts one namespace's rules in place if they are not, and returns what
-// is wrong, "" if nothing is.
-func (a *agent) hold(w *mesh.Workload) string {
+// is wrong, "" if nothing is. Connections from before are ended as soon as the
+// namespace enforces, or a quarantine is to cut the workload off.
+func (a *agent) hold(s *nodeState, w *mesh.Workload) string {
 	netns := w.Capture.NetNS
-	err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes})
+	_, caller := s.model.Quarantined(w.ID)
+	_, target := s.model.QuarantinedTarget(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})
+	now := ruled{state: captures, home: w.Namespace, keepsOpen: s.modes[w.Namespace] == mesh.ModeObserve && !caller && !target}
+	o := capture.Options{Probes: w.Capture.Probes, KeepOpen: now.keepsOpen}
+	err := capture.Verify(netns, o)
 	if err != nil {
-		if a.rules.get(netns) == captures {
+		a.rules.mu.Lock()
+		again := a.rules.applied[netns] == now
+		a.rules.mu.Unlock()
+		if again {
 			a.log.Warn("capture rules were not in place and are repaired", "netns", netns, "found", err)
 		}
-		if err := capture.Apply(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
+		if err := capture.Apply(netns, o); err != nil {
 			return "capture rules: " + err.Error()
 		}
-		if err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
+		if err := capture.Verify(netns, o); err != nil {
 			return "capture rules: " + err.Error()
 		}
-		if n, err := capture.ResetEstablished(netns); err != nil {
-			a.log.Warn("connections from before the capture could not be ended", "netns", netns, "error", err)
-		} else if n > 0 {
-			a.log.Info("connections from before the capture were ended", "netns", netns, "count", n)
+		if !o.KeepOpen {
+			n, err := capture.ResetEstablished(netns)
+			if err != nil {
+				a.log.Warn("connections from before the capture could not be ended", "netns", netns, "error", err)
+			} else if n > 0 {
+				a.log.Info("connections from before the capture were ended", "netns", netns, "count", n)
+			}
 		}
 	}
 	a.rules.mu.Lock()
-	a.rules.applied[netns] = ruled{captures, w.Namespace}
+	a.rules.applied[netns] = now
 	a.rules.mu.Unlock()
 	return ""
 }

@@ -179,7 +179,7 @@ func (a *agent) loadState() {
 		// Should a workload have left meanwhile, its rules must go.
 		for i := range a.state.workloads {
 			if w := &a.state.workloads[i]; w.Capture != nil && w.Capture.NetNS != "" {
-				a.rules.applied[w.Capture.NetNS] = ruled{captures, w.Namespace}
+				a.rules.applied[w.Capture.NetNS] = ruled{state: captures, home: w.Namespace}
 			}
 		}
 		for _, path := range a.pods.pinned() { // also those that left just before

@@ -18,6 +18,7 @@
 //     refused in both directions: the kernel redirects a connection by its
 //     first packet, so one that it tracked before, or a new one on the ports
 //     of such, would slip by.
+//     Options.KeepOpen leaves this out, and captures what begins only.
 //   - IPv6 TCP from or to the outside is refused in both directions, open
 //     connections included, since the proxy listens on IPv4 only. Neighbour
 //     discovery (ICMPv6) and IPv6 on loopback work.
@@ -81,6 +82,11 @@ type Options struct {
 	// Probes are the ports that the kubelet of the node may reach without a
 	// tunnel, in any order. None of the mesh's own, and not 0.
 	Probes []uint16
+	// KeepOpen leaves connections from before alone: only those that begin now
+	// are captured, and what is not captured is not refused. It is for
+	// namespaces that only observe. Without it again, what bypasses the proxy
+	// breaks as after every Apply.
+	KeepOpen bool
 }
 
 func (o *Options) check() error {

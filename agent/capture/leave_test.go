@@ -4,6 +4,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/signet-mesh/signet/internal/lab"
 )
 
 // A namespace that leaves the mesh keeps the connections that the proxy has
@@ -107,4 +109,60 @@ func TestEnd(t *testing.T) {
 		t.Error("the connection goes on")
 	}
 	reaches(t, p.b, net.Dialer{}, "10.88.0.2:8080", "own app -") // listeners stay
+}
+
+// With KeepOpen, connections from before go on in both directions, and new ones
+// are captured; without it again, those from before end, and new ones stay.
+//
+// Defends: to observe breaks nothing, and to enforce leaves nothing past the
+// proxy.
+func TestKeepOpen(t *testing.T) {
+	p := newPair(t)
+	proxy(t, p.a)
+	serve(t, p.a, "tcp", ":8080", "own app")
+	serve(t, p.b, "tcp", ":8080", "app")
+	var old []net.Conn
+	for _, d := range []struct {
+		from *lab.Pod
+		to   string
+	}{{p.a, "10.88.0.3:8080"}, {p.b, "10.88.0.2:8080"}} {
+		c, _, err := dial(t, d.from, net.Dialer{}, d.to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old = append(old, c)
+	}
+	set := func(keep bool) {
+		t.Helper()
+		o := Options{Probes: opts.Probes, KeepOpen: keep}
+		if err := Apply(p.a.NetNS, o); err != nil {
+			t.Fatal(err)
+		}
+		if err := Verify(p.a.NetNS, o); err != nil {
+			t.Fatal(err)
+		}
+		if err := Verify(p.a.NetNS, Options{Probes: opts.Probes, KeepOpen: !keep}); err == nil {
+			t.Error("with and without KeepOpen are the same to Verify")
+		}
+	}
+	set(true)
+	for _, c := range old {
+		if !alive(c) {
+			t.Error("a connection from before is broken")
+		}
+	}
+	young, who, err := dial(t, p.a, net.Dialer{}, "10.88.0.3:8080")
+	if err != nil || who != "outbound 10.88.0.3:8080" {
+		t.Fatal(who, err)
+	}
+	reaches(t, p.b, net.Dialer{}, "10.88.0.2:8080", "inbound 10.88.0.2:8080")
+	set(false)
+	for _, c := range old {
+		if alive(c) {
+			t.Error("a connection from before goes on")
+		}
+	}
+	if !alive(young) {
+		t.Error("a captured connection is broken")
+	}
 }

@@ -38,19 +38,29 @@ func ruleset(o Options) []chain {
 		probesNAT = append(probesNAT, rule{Comment: about, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Address(nft.SourceAt, ProbeSource), toPort(port), nft.Done())})
 		probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Address(nft.SourceAt, ProbeSource), toPort(port), nft.Direction(nft.Original), nft.Done())})
 	}
+	past := []rule{
+		{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
+		// Not reset: a stray packet must not end the proxy's connection.
+		{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
+	}
+	var before []rule
+	if o.KeepOpen {
+		past = nil
+		before = []rule{{Comment: "from before", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Begun(), nft.Done())}}
+	}
 	return []chain{
-		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{
+		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat(before, []rule{
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
 			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(expr.CmpOpEq), nft.Done())},
 			{Comment: "outbound", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), redirect(mesh.PortOutbound))},
-		}},
-		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat([]rule{
+		})},
+		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat(before, []rule{
 			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(expr.CmpOpEq), nft.Done())},
 		}, probesNAT, []rule{
 			{Comment: "tunnels", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "inbound without a tunnel", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), redirect(mesh.PortInbound))},
 		})},
-		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: []rule{
+		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
 			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(expr.CmpOpEq), nft.TCP(), toPort(mesh.PortOutbound), nft.Reset())},
 			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(expr.CmpOpEq), nft.TCP(), toPort(mesh.PortInbound), nft.Reset())},
 			{Comment: "resets may leave", Exprs: slices.Concat(nft.TCP(), nft.Resets(), nft.Done())},
@@ -61,9 +71,7 @@ func ruleset(o Options) []chain {
 			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(expr.CmpOpEq), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
 			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), translated(), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
-		}},
+		}, past)},
 		{Name: "input_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
 			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(expr.CmpOpEq), nft.Done())},
 			{Comment: "no IPv6 past the proxy", Exprs: slices.Concat(ipv6(), nft.TCP(), nft.Reset())},
@@ -71,10 +79,7 @@ func ruleset(o Options) []chain {
 			{Comment: "redirected", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortInbound), nft.Done())},
 			{Comment: "tunnels", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
-			// Not reset: a stray packet must not end the proxy's connection.
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.IPv4(), nft.TCP(), nft.Drop())},
-		})},
+		}, past)},
 	}
 }
 
