@@ -10,6 +10,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/signet-mesh/signet/agent/capture/nft"
+	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // Apply puts capture in place: the rules, in one transaction that replaces
@@ -41,7 +42,7 @@ func (n *NS) Apply(o Options) error {
 	if saved == nil {
 		saved = now
 	}
-	if err := n.writeRules(o, saved); err != nil {
+	if err := n.writeRules(ruleset(o), saved); err != nil {
 		return err
 	}
 	return n.writeSettings(wanted(saved))
@@ -79,6 +80,48 @@ func (n *NS) Remove() error {
 	return nil
 }
 
+// Leave takes the rules away, as Remove does, but not the connections that the
+// proxy has taken: while there are any, two chains stay, for the sake of which the kernel goes on translating their addresses, and so do the
+// settings. Nothing new is captured. It returns how many connections there
+// are; once there are none, all is removed, as by Remove.
+func (n *NS) Leave() (int, error) {
+	all, err := n.Sockets()
+	if err != nil {
+		return 0, err
+	}
+	taken := 0
+	for _, s := range all {
+		if p := s.Local.Port(); s.State.open() && (p == mesh.PortOutbound || p == mesh.PortInbound) {
+			taken++
+		}
+	}
+	if taken == 0 {
+		return 0, n.Remove()
+	}
+	n.apply.Lock()
+	defer n.apply.Unlock()
+	found, err := n.findTable()
+	if err != nil || found == nil {
+		return 0, err
+	}
+	c, err := n.nft()
+	if err != nil {
+		return 0, err
+	}
+	diff, err := nft.Differs(c, n.fd(), table, append(translation(), chain{Name: savedChain}), savedChain)
+	if err != nil {
+		return 0, fmt.Errorf("capture: %s: %w", n.path, err)
+	}
+	saved, err := n.saved()
+	if err != nil || diff == "" {
+		return taken, err
+	}
+	if saved == nil { // somebody altered it; the settings stay as they are
+		saved = settings{}
+	}
+	return taken, n.writeRules(translation(), saved)
+}
+
 func (n *NS) nft() (*nftables.Conn, error) {
 	c, err := nftables.New(nftables.WithNetNSFd(n.fd()))
 	if err != nil {
@@ -88,7 +131,7 @@ func (n *NS) nft() (*nftables.Conn, error) {
 }
 
 // writeRules replaces the table in one transaction.
-func (n *NS) writeRules(o Options, saved settings) error {
+func (n *NS) writeRules(chains []chain, saved settings) error {
 	c, err := n.nft()
 	if err != nil {
 		return err
@@ -96,7 +139,7 @@ func (n *NS) writeRules(o Options, saved settings) error {
 	c.AddTable(table) // so that there is one to delete
 	c.DelTable(table)
 	c.AddTable(table)
-	nft.Add(c, table, append(ruleset(o), savedRules(saved)))
+	nft.Add(c, table, append(chains, savedRules(saved)))
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("capture: %s: write rules (the kernel needs nf_tables with nat, redir and reject for inet): %w", n.path, err)
 	}
