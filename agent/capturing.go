@@ -186,8 +186,8 @@ func (a *agent) early(s *nodeState, w *mesh.Workload) string {
 
 // letGo takes the rules out of the namespaces that have left the mesh. It is
 // done before the proxy is told to listen there no more: what is still
-// redirected finds a listener.
-func (a *agent) letGo(s *nodeState) {
+// redirected finds a listener. It reports whether one has left just now.
+func (a *agent) letGo(s *nodeState) (left bool) {
 	wanted := map[string]bool{}
 	for i := range s.workloads {
 		if w := &s.workloads[i]; w.Capture != nil {
@@ -214,6 +214,7 @@ func (a *agent) letGo(s *nodeState) {
 			a.log.Error("releasing a network namespace", "netns", netns, "error", err)
 		case open > 0:
 			if has.state == captures {
+				left = true
 				a.log.Info("network namespace released; the proxy keeps what is open", "netns", netns, "connections", open)
 			}
 			a.rules.applied[netns] = ruled{state: leftovers, home: has.home}
@@ -222,7 +223,11 @@ func (a *agent) letGo(s *nodeState) {
 			delete(a.rules.applied, netns)
 		}
 	}
+	return left
 }
+
+// acceptTime is how long a proxy may take to accept a connection.
+const acceptTime = 100 * time.Millisecond
 
 // place puts the newest state where its pods are, and gives the proxy what
 // follows from that. It returns nil while there is no state.
@@ -261,7 +266,11 @@ func (a *agent) give(s *nodeState) {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
 		return
 	}
-	a.letGo(s)
+	if a.letGo(s) {
+		// What was redirected a moment ago is to be accepted before the listener
+		// goes: the kernel resets what still waits for it then.
+		time.Sleep(acceptTime)
+	}
 	a.relay.SetLocal(set)
 	a.given = s
 }

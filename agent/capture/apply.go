@@ -54,6 +54,10 @@ func (n *NS) Apply(o Options) error {
 func (n *NS) Remove() error {
 	n.apply.Lock()
 	defer n.apply.Unlock()
+	return n.remove()
+}
+
+func (n *NS) remove() error {
 	found, err := n.findTable()
 	if err != nil || found == nil {
 		return err
@@ -81,23 +85,12 @@ func (n *NS) Remove() error {
 }
 
 // Leave takes the rules away, as Remove does, but not the connections that the
-// proxy has taken: while there are any, two chains stay, for the sake of which the kernel goes on translating their addresses, and so do the
-// settings. Nothing new is captured. It returns how many connections there
-// are; once there are none, all is removed, as by Remove.
+// proxy has taken: two chains stay, for the sake of which the kernel goes on
+// translating their addresses, and so do the settings. Nothing new is captured.
+// It returns how many connections there are, and at least 1 when it has just
+// taken the rules away: the proxy may not have accepted the last one yet. Once
+// there are none, it removes all, as Remove does, and returns 0.
 func (n *NS) Leave() (int, error) {
-	all, err := n.Sockets()
-	if err != nil {
-		return 0, err
-	}
-	taken := 0
-	for _, s := range all {
-		if p := s.Local.Port(); s.State.open() && (p == mesh.PortOutbound || p == mesh.PortInbound) {
-			taken++
-		}
-	}
-	if taken == 0 {
-		return 0, n.Remove()
-	}
 	n.apply.Lock()
 	defer n.apply.Unlock()
 	found, err := n.findTable()
@@ -112,14 +105,30 @@ func (n *NS) Leave() (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("capture: %s: %w", n.path, err)
 	}
-	saved, err := n.saved()
-	if err != nil || diff == "" {
+	all, err := n.Sockets()
+	if err != nil {
+		return 0, err
+	}
+	taken := 0
+	for _, s := range all {
+		if p := s.Local.Port(); s.State.open() && (p == mesh.PortOutbound || p == mesh.PortInbound) {
+			taken++
+		}
+	}
+	if diff == "" {
+		if taken == 0 {
+			err = n.remove()
+		}
 		return taken, err
+	}
+	saved, err := n.saved()
+	if err != nil {
+		return 0, err
 	}
 	if saved == nil { // somebody altered it; the settings stay as they are
 		saved = settings{}
 	}
-	return taken, n.writeRules(translation(), saved)
+	return max(taken, 1), n.writeRules(translation(), saved)
 }
 
 func (n *NS) nft() (*nftables.Conn, error) {

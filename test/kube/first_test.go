@@ -184,6 +184,15 @@ func (h *hammer) start() (stop func()) {
 	ctx, cancel := context.WithCancel(h.b.Context())
 	var wait sync.WaitGroup
 	h.called = map[string]bool{}
+	// An address that somebody has is not given out.
+	taken := map[string]bool{}
+	pods, err := h.b.client.CoreV1().Pods("").List(ctx, metav1.ListOptions{})
+	if err != nil {
+		h.b.Fatal(err)
+	}
+	for _, p := range pods.Items {
+		taken[p.Status.PodIP] = true
+	}
 	for _, node := range h.b.cluster.Nodes() {
 		// The nodes give their addresses out one after the other.
 		last, err := os.ReadFile(node.Disk() + "/var/lib/cni/networks/pods/last_reserved_ip.0")
@@ -194,10 +203,14 @@ func (h *hammer) start() (stop func()) {
 		if err != nil {
 			h.b.Fatal(err)
 		}
-		for range atATime/2 + 1 {
+		for n := 0; n <= atATime/2; {
 			if next = next.Next(); !node.PodCIDR().Contains(next.Next()) { // the last is the broadcast address
 				next = node.PodCIDR().Masked().Addr().Next().Next()
 			}
+			if taken[next.String()] {
+				continue
+			}
+			n++
 			h.called[next.String()] = true
 			for _, from := range h.b.cluster.Nodes() {
 				ns, err := from.NetNS()
