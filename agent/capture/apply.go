@@ -13,7 +13,7 @@ import (
 )
 
 // Apply puts capture in place: the rules, in one transaction that replaces
-// whatever is in the table, and then the settings. Where everything is in
+// whatever is in the table, then the settings, and then the guard. Where everything is in
 // place already it changes nothing. When it repairs, or when the options have
 // changed, connections through the proxy survive, and at no moment are there
 // fewer rules than the old or the new ones.
@@ -44,7 +44,10 @@ func (n *NS) Apply(o Options) error {
 	if err := n.writeRules(o, saved); err != nil {
 		return err
 	}
-	return n.writeSettings(wanted(saved))
+	if err := n.writeSettings(wanted(saved)); err != nil {
+		return err
+	}
+	return n.setGuard()
 }
 
 // Remove takes the rules away and restores the settings as they were before
@@ -53,6 +56,10 @@ func (n *NS) Apply(o Options) error {
 func (n *NS) Remove() error {
 	n.apply.Lock()
 	defer n.apply.Unlock()
+	// The guard first: without the rules it lets nothing pass.
+	if err := n.removeGuard(); err != nil {
+		return err
+	}
 	found, err := n.findTable()
 	if err != nil || found == nil {
 		return err

@@ -81,6 +81,9 @@ func ruleset(o Options) []chain {
 			// Not reset: a stray packet must not end the proxy's connection.
 			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
 		})},
+		{Name: "vouch", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityLast, Rules: []rule{
+			{Comment: "what leaves went by these rules", Exprs: vouch()},
+		}},
 	}
 }
 
