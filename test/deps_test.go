@@ -72,7 +72,7 @@ var rules = map[string]rule{
 		why: "who a process is follows from the kernel's facts alone; it never sees a key"},
 	"agent/audit": {own: []string{"api/admin/v1"}, outside: []string{spiffe, unix, "go.etcd.io/bbolt/..."}, banned: []string{"net/http"},
 		why: "evidence is kept by code that cannot reach out, and nobody else opens its files"},
-	"agent/capture": {own: []string{"internal/mesh", "agent/capture/nft"}, outside: []string{unix, "github.com/google/nftables/...", "github.com/mdlayher/netlink/...", "github.com/vishvananda/..."}, banned: []string{"net/http", "os/exec"},
+	"agent/capture": {own: []string{"internal/mesh", "agent/capture/nft"}, outside: []string{unix, "golang.org/x/net/bpf", "github.com/google/nftables/...", "github.com/mdlayher/netlink/...", "github.com/vishvananda/..."}, banned: []string{"net/http", "os/exec"},
 		why: "the kernel's rules are set by netlink, so that no program on the machine can be put in its place"},
 	"agent/attest/hostcgroup": {outside: []string{unix}, banned: []string{"net/http", "os/exec"},
 		why: "reads the kernel's cgroup facts, for whoever has to judge them"},

@@ -14,7 +14,7 @@ import (
 )
 
 // Apply puts capture in place: the rules, in one transaction that replaces
-// whatever is in the table, and then the settings. Where everything is in
+// whatever is in the table, then the settings, and then the guard. Where everything is in
 // place already it changes nothing. When it repairs, or when the options have
 // changed, connections through the proxy survive, and at no moment are there
 // fewer rules than the old or the new ones.
@@ -45,7 +45,10 @@ func (n *NS) Apply(o Options) error {
 	if err := n.writeRules(ruleset(o), saved); err != nil {
 		return err
 	}
-	return n.writeSettings(wanted(saved))
+	if err := n.writeSettings(wanted(saved)); err != nil {
+		return err
+	}
+	return n.setGuard()
 }
 
 // Remove takes the rules away and restores the settings as they were before
@@ -58,6 +61,10 @@ func (n *NS) Remove() error {
 }
 
 func (n *NS) remove() error {
+	// The guard first: without the rules it lets nothing pass.
+	if err := n.removeGuard(); err != nil {
+		return err
+	}
 	found, err := n.findTable()
 	if err != nil || found == nil {
 		return err
@@ -123,6 +130,10 @@ func (n *NS) Leave() (int, error) {
 	}
 	saved, err := n.saved()
 	if err != nil {
+		return 0, err
+	}
+	// Nothing will vouch for what leaves.
+	if err := n.removeGuard(); err != nil {
 		return 0, err
 	}
 	if saved == nil { // somebody altered it; the settings stay as they are

@@ -20,6 +20,10 @@
 //     first packet, so one that it tracked before, or a new one on the ports
 //     of such, would slip by.
 //     Options.KeepOpen leaves this out, and captures what begins only.
+//   - What leaves by a link is marked last of all, and at the link a filter in
+//     another part of the kernel (guard.go) drops TCP without that mark: a
+//     namespace whose rules are gone is cut off, not open, whoever deleted
+//     them and whether an agent runs or not.
 //   - Other protocols (UDP, SCTP, ICMP) are left alone: they are neither
 //     protected nor recorded.
 //
@@ -37,7 +41,7 @@
 // # What they do not do
 //
 // The rules bind processes without special rights. A process in the namespace
-// that has CAP_NET_ADMIN can remove them (Verify notices), and one that has
+// that has CAP_NET_ADMIN can remove them and the guard (Verify notices), and one that has
 // CAP_NET_ADMIN or, since Linux 5.17, CAP_NET_RAW can set the proxy's mark on
 // its sockets and so leave without the proxy. It gains no identity by that:
 // enforcing peers refuse what comes without a tunnel. Workloads should drop

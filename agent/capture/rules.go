@@ -86,6 +86,9 @@ func ruleset(o Options) []chain {
 			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
 		}, past)},
+		{Name: "vouch", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityLast, Rules: []rule{
+			{Comment: "what leaves went by these rules", Exprs: vouch()},
+		}},
 	}
 }
 

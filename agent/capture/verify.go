@@ -8,7 +8,7 @@ import (
 	"github.com/signet-mesh/signet/agent/capture/nft"
 )
 
-// Verify reads rules and settings back from the kernel and compares them with
+// Verify reads rules, settings and guard back from the kernel and compares them with
 // what Apply writes. It returns nil only when they are exactly that, an error
 // that wraps ErrNotCaptured and names the first difference when they are not,
 // and another error when they could not be read. It does not look at tables
@@ -50,6 +50,12 @@ func (n *NS) verify(o Options) error {
 		if _, has := now[name]; has && now[name] != want[name] {
 			return n.differs("net.ipv4.%s is %q, want %q", name, now[name], want[name])
 		}
+	}
+	if diff, err = n.guardDiffers(); err != nil {
+		return err
+	}
+	if diff != "" {
+		return n.differs("%s", diff)
 	}
 	return nil
 }

@@ -232,7 +232,8 @@ func TestStatusTellsTheTruth(t *testing.T) {
 	b.controlOn("node2")
 	l := b.load()
 	node1 := b.cluster.Node("node1")
-	stop := b.hammer("node1", "server."+l.namespace+":8080")
+	// What the caller on the same node has said is lost with the node's power.
+	near, far := b.hammer("node1", "server."+l.namespace+":8080"), b.hammer("node2", "server."+l.namespace+":8080")
 	uid := strings.TrimSpace(b.kubectl("-n", l.namespace, "get", "pod", "server", "-o", "jsonpath={.metadata.uid}"))
 
 	// All rules in the pod's namespace are deleted, again and again.
@@ -270,6 +271,7 @@ func TestStatusTellsTheTruth(t *testing.T) {
 	b.waitStatus(l.namespace, "enforce: 3 of 3 pods enrolled")
 
 	// The node is off.
+	near()
 	began = time.Now()
 	if err := node1.PowerOff(t.Context()); err != nil {
 		t.Fatal(err)
@@ -283,7 +285,7 @@ func TestStatusTellsTheTruth(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.waitStatus(l.namespace, "enforce: 3 of 3 pods enrolled")
-	stop()
+	far()
 }
 
 // signal sends a signal to a program of a node by its name.
