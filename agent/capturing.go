@@ -24,6 +24,11 @@ import (
 // capturing keeps the rules in every captured namespace as they must be, and
 // remembers what it saw when it last looked.
 type capturing struct {
+	// work is held while rules are written: what looks at the pods by an older
+	// state must not put back what a newer one has taken away.
+	work   sync.Mutex
+	target *nodeState // guarded by work; the state that rules are written by
+
 	mu      sync.Mutex
 	applied map[string]ruled  // guarded by mu; namespaces with our rules
 	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
@@ -76,6 +81,13 @@ func (c *capturing) problem(uid string, inode uint64, since time.Time) string {
 	default:
 		return s.problem
 	}
+}
+
+// begin makes a state the one that rules are written by.
+func (c *capturing) begin(s *nodeState) {
+	c.work.Lock()
+	defer c.work.Unlock()
+	c.target = s
 }
 
 // by reports whether the last look was by this very state.
@@ -197,6 +209,11 @@ func (a *agent) letGo(s *nodeState) (left bool) {
 			}
 		}
 	}
+	a.rules.work.Lock()
+	defer a.rules.work.Unlock()
+	if a.rules.target != s {
+		return false
+	}
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
 	for netns, has := range a.rules.applied {
@@ -261,6 +278,7 @@ func (a *agent) give(s *nodeState) {
 	if a.given == s {
 		return
 	}
+	a.rules.begin(s)
 	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog(), IPv6: a.ipv6})
 	if err != nil {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
@@ -294,6 +312,11 @@ func (a *agent) wake() {
 // is wrong, "" if nothing is. Connections from before are ended as soon as the
 // namespace enforces, or a quarantine is to cut the workload off.
 func (a *agent) hold(s *nodeState, w *mesh.Workload) string {
+	a.rules.work.Lock()
+	defer a.rules.work.Unlock()
+	if a.rules.target != s {
+		return "not looked at yet: a newer state has come"
+	}
 	netns := w.Capture.NetNS
 	_, caller := s.model.Quarantined(w.ID)
 	_, target := s.model.QuarantinedTarget(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})

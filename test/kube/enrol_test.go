@@ -6,7 +6,6 @@ import (
 	"maps"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -45,9 +44,6 @@ func TestEnrolAndLeave(t *testing.T) {
 	rounds := 4
 	if os.Getenv("SIGNET_TEST_LONG") == "1" {
 		rounds = 100
-	}
-	if n, err := strconv.Atoi(os.Getenv("HD_ROUNDS")); err == nil {
-		rounds = n
 	}
 	in, out := b.namespace(""), b.namespace("")
 	b.apply(service(in, "server", "server") + allow(in, "server", allowed))
