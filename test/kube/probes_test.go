@@ -159,7 +159,9 @@ func TestProbeOfAnotherHost(t *testing.T) {
 		return &pod{namespace: out, name: name, node: node, args: []string{"hold"},
 			more: []string{fmt.Sprintf("readinessProbe: {httpGet: {host: %s, path: /healthz, port: %d}, periodSeconds: 1}", b.ip(ns, "one"), port)}}
 	}
-	for warned, p := range map[bool]*pod{true: asker("declared", "node1", 8080), false: sidecarPod(out, "plain", "node1")} {
+	plain := sidecarPod(out, "plain", "node1")
+	plain.account = ""
+	for warned, p := range map[bool]*pod{true: asker("declared", "node1", 8080), false: plain} {
 		b.eventually(10*time.Second, func() string { // a policy that is new takes a moment
 			cmd := b.command(t.Context(), "kubectl", "apply", "--dry-run=server", "-f", "-")
 			cmd.Stdin = strings.NewReader(p.yaml())
