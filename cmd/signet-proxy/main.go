@@ -47,6 +47,7 @@ func run(signals <-chan os.Signal, args []string) error {
 	envoy := f.String("envoy", "envoy", "Envoy program, a path or a name in PATH")
 	threads := f.Int("threads", 0, "worker threads of Envoy (default: one for each processor)")
 	limit := f.Duration("drain-limit", time.Hour, "how long open connections may live on after SIGTERM beside the proxy that takes over; 0 cuts them at once")
+	replaced := f.Duration("replaced-limit", 10*time.Minute, "how long open connections may live on whose listener is removed or replaced while the proxy runs; whole seconds")
 	asJSON := f.Bool("log-json", false, "log lines of JSON")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -59,6 +60,9 @@ func run(signals <-chan os.Signal, args []string) error {
 	}
 	if *limit < 0 {
 		return fmt.Errorf("--drain-limit: %s is negative; give a duration such as 1h, or 0", *limit)
+	}
+	if *replaced < time.Second {
+		return fmt.Errorf("--replaced-limit: %s is less than a second; give a duration such as 10m", *replaced)
 	}
 	program, err := exec.LookPath(*envoy)
 	if err != nil {
@@ -86,7 +90,7 @@ func run(signals <-chan os.Signal, args []string) error {
 	go func() {
 		done <- proxy.Run(ctx, cut, proxy.Config{
 			Node: *node, Envoy: program, RunDir: *runDir, ADS: agent.ProxySocket(*runDir), Spool: spool, Owner: os.Getenv("POD_NAME"),
-			Threads: *threads, DrainLimit: *limit, Log: log, Out: io.Writer(os.Stderr),
+			Threads: *threads, DrainLimit: *limit, ReplacedLimit: *replaced, Log: log, Out: io.Writer(os.Stderr),
 		})
 	}()
 	for {

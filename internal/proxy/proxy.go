@@ -4,6 +4,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,6 +44,10 @@ type Config struct {
 	// DrainLimit is how long open connections may live on when the proxy is
 	// to end and another has taken over. 0: they are cut at once.
 	DrainLimit time.Duration
+	// ReplacedLimit is how long the open connections of a listener that is
+	// removed or replaced may live on. Envoy begins to end them after two thirds
+	// of it, and keeps the old listener for all of it. 0: 10 minutes.
+	ReplacedLimit time.Duration
 	// Log is where the proxy says what it does.
 	Log *slog.Logger
 	// Out gets Envoy's own lines.
@@ -62,11 +67,14 @@ func (c *Config) check() error {
 			return fmt.Errorf("proxy: %s: %q must be an absolute path", f.name, f.value)
 		}
 	}
-	if c.Threads < 0 || c.DrainLimit < 0 {
-		return errors.New("proxy: Threads and DrainLimit must not be negative")
+	if c.Threads < 0 || c.DrainLimit < 0 || c.ReplacedLimit < 0 {
+		return errors.New("proxy: Threads, DrainLimit and ReplacedLimit must not be negative")
 	}
 	return nil
 }
+
+// replacedLimit is the default of Config.ReplacedLimit.
+const replacedLimit = 10 * time.Minute
 
 // envoyGrace is how long Envoy may take to end after SIGTERM.
 const envoyGrace = 5 * time.Second
@@ -175,11 +183,12 @@ func (p *proxy) setHaste(value string) error {
 // process is Envoy as the supervisor runs it; end stops the supervisor.
 func (p *proxy) process(end context.CancelFunc) supervise.Process {
 	bootstrap := filepath.Join(p.own.Dir, "envoy.json")
+	replaced := cmp.Or(p.ReplacedLimit, replacedLimit)
 	args := []string{
 		"--config-path", bootstrap, "--disable-hot-restart", "--log-level", "warning",
 		"--file-flush-interval-msec", "20",
-		// A listener that is replaced gives its open connections this long.
-		"--drain-time-s", "600", "--drain-strategy", "immediate",
+		// Of listeners; not of this proxy, which ends when its parent says so.
+		"--drain-time-s", strconv.Itoa(int(replaced / time.Second)), "--drain-strategy", "immediate",
 	}
 	if p.Threads > 0 {
 		args = append(args, "--concurrency", strconv.Itoa(p.Threads))

@@ -147,8 +147,8 @@ func TestProbes(t *testing.T) {
 // A probe that names another host is the one way to use kubelet: it then asks
 // the ports that the other pod declared for its own probes, from any namespace
 // of the same node, and no other port. Whoever writes such a pod learns whether
-// the answer is a success. Pod Security "baseline" forbids the field from
-// Kubernetes 1.34 on; this defends the border of what it can do.
+// the answer is a success, and is warned. Pod Security "baseline" forbids the
+// field from Kubernetes 1.34 on; this defends the border of what it can do.
 func TestProbeOfAnotherHost(t *testing.T) {
 	b := open(t)
 	ns, out := b.namespace("enforce"), b.namespace("")
@@ -158,6 +158,18 @@ func TestProbeOfAnotherHost(t *testing.T) {
 	asker := func(name, node string, port int) *pod {
 		return &pod{namespace: out, name: name, node: node, args: []string{"hold"},
 			more: []string{fmt.Sprintf("readinessProbe: {httpGet: {host: %s, path: /healthz, port: %d}, periodSeconds: 1}", b.ip(ns, "one"), port)}}
+	}
+	plain := sidecarPod(out, "plain", "node1")
+	plain.account = ""
+	for warned, p := range map[bool]*pod{true: asker("declared", "node1", 8080), false: plain} {
+		b.eventually(10*time.Second, func() string { // a policy that is new takes a moment
+			cmd := b.command(t.Context(), "kubectl", "apply", "--dry-run=server", "-f", "-")
+			cmd.Stdin = strings.NewReader(p.yaml())
+			if text, err := cmd.CombinedOutput(); err != nil || strings.Contains(string(text), "names a host") != warned {
+				return fmt.Sprintf("want a warning: %t; %v %s", warned, err, text)
+			}
+			return ""
+		})
 	}
 	b.apply(asker("declared", "node1", 8080).yaml() + asker("undeclared", "node1", 8085).yaml() + asker("far", "node2", 8080).yaml())
 	b.kubectl("-n", out, "wait", "pod", "declared", "--for=condition=Ready", "--timeout=1m")
