@@ -122,7 +122,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), ipv6: hasIPv6(), poke: make(chan struct{}, 1)}
-	a.rules.applied = map[string]bool{}
+	a.rules.applied = map[string]ruled{}
 	if cfg.Pods != nil {
 		if a.pods, err = openPods(cfg.RunDir, cfg.Log); err != nil {
 			return err

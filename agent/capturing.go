@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/xds"
 )
@@ -23,10 +25,35 @@ import (
 // remembers what it saw when it last looked.
 type capturing struct {
 	mu      sync.Mutex
-	applied map[string]bool   // guarded by mu; namespaces with our rules
+	applied map[string]ruled  // guarded by mu; namespaces with our rules
 	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
 	pods    map[string]sight  // guarded by mu; the same by pod UID
 	proxy   uint64            // guarded by mu; the relay's generation when that was seen
+	looked  *nodeState        // guarded by mu; what was compared with then
+}
+
+// ruleState is which of our rules a namespace has.
+type ruleState uint8
+
+const (
+	noRules   ruleState = iota
+	captures            // those of package capture
+	leftovers           // it has left the mesh, and the proxy has connections of it
+)
+
+// ruled is a namespace with rules of ours.
+type ruled struct {
+	state ruleState
+	// home is the namespace of its workload; empty when that is not known.
+	home string
+	// keepsOpen: connections from before the capture go on.
+	keepsOpen bool
+}
+
+func (c *capturing) get(netns string) ruleState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.applied[netns].state
 }
 
 // sight is what was seen of one pod.
@@ -51,6 +78,13 @@ func (c *capturing) problem(uid string, inode uint64, since time.Time) string {
 	}
 }
 
+// by reports whether the last look was by this very state.
+func (c *capturing) by(s *nodeState) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.looked == s
+}
+
 // lookEvery is how often the kernel's rules are read back.
 const lookEvery = 500 * time.Millisecond
 
@@ -59,25 +93,35 @@ const lookEvery = 500 * time.Millisecond
 func (a *agent) capture(ctx context.Context) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
+	wait := lookForListeners
 	for {
-		if s := a.place(ctx); s != nil {
-			a.look(ctx, s)
+		var soon <-chan time.Time
+		if s := a.place(ctx); s != nil && a.look(ctx, s) {
+			soon = time.After(wait)
+			wait = min(2*wait, lookEvery)
+		} else {
+			wait = lookForListeners
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-a.poke:
+		case <-soon:
 		case <-tick.C:
 		}
 	}
 }
 
-// look compares every namespace with the state and repairs what differs.
-func (a *agent) look(ctx context.Context, s *nodeState) {
+// lookForListeners is how soon it is looked again whether the proxy listens in
+// a pod that is to be captured then.
+const lookForListeners = 20 * time.Millisecond
+
+// look compares every namespace with the state and repairs what differs. It
+// reports whether a pod waits for the proxy to listen in it.
+func (a *agent) look(ctx context.Context, s *nodeState) (waits bool) {
 	began := time.Now()
 	present := map[string]uint64{}
 	seen := map[string]string{}
-	wanted := map[string]bool{}
 	for i := range s.workloads {
 		w := &s.workloads[i]
 		if w.Capture == nil {
@@ -87,14 +131,17 @@ func (a *agent) look(ctx context.Context, s *nodeState) {
 			seen[w.Key()] = a.pods.absent(w.UID)
 			continue
 		}
-		wanted[w.Capture.NetNS] = true
 		inode, err := namespaceID(w.Capture.NetNS)
 		if err != nil {
 			seen[w.Key()] = err.Error()
 			continue
 		}
 		present[w.Capture.NetNS] = inode
-		seen[w.Key()] = a.hold(w)
+		if why := a.early(s, w); why != "" {
+			seen[w.Key()], waits = why, true
+			continue
+		}
+		seen[w.Key()] = a.hold(s, w)
 	}
 	a.probes.look(ctx, s.workloads)
 	a.relay.SetNamespaces(present)
@@ -113,28 +160,74 @@ func (a *agent) look(ctx context.Context, s *nodeState) {
 		}
 	}
 
+	a.letGo(s)
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
-	for netns := range a.rules.applied {
-		if wanted[netns] {
-			continue
-		}
-		if err := capture.Remove(netns); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			a.log.Error("releasing a network namespace", "netns", netns, "error", err)
-			continue
-		}
-		a.log.Info("network namespace released", "netns", netns)
-		delete(a.rules.applied, netns)
-	}
-	a.pods.release(s, func(path string) bool { return a.rules.applied[path] })
-	a.rules.seen, a.rules.proxy = seen, proxy
+	a.pods.release(s, func(path string) bool { return a.rules.applied[path].state != noRules })
+	a.rules.seen, a.rules.proxy, a.rules.looked = seen, proxy, s
 	a.rules.pods = map[string]sight{}
 	for i := range s.workloads {
 		if w := &s.workloads[i]; w.UID != "" && w.Capture != nil {
 			a.rules.pods[w.UID] = sight{began: began, inode: present[w.Capture.NetNS], problem: seen[w.Key()]}
 		}
 	}
+	return waits
 }
+
+// early says why a pod is not captured yet; "" if it is, or is to be. One that
+// runs already and observes keeps its connections to the outside until the proxy
+// can take them. Where the namespace enforces, closed comes before open.
+func (a *agent) early(s *nodeState, w *mesh.Workload) string {
+	if s.modes[w.Namespace] != mesh.ModeObserve || a.rules.get(w.Capture.NetNS) == captures {
+		return ""
+	}
+	return a.listening(w)
+}
+
+// letGo takes the rules out of the namespaces that have left the mesh. It is
+// done before the proxy is told to listen there no more: what is still
+// redirected finds a listener. It reports whether one has left just now.
+func (a *agent) letGo(s *nodeState) (left bool) {
+	wanted := map[string]bool{}
+	for i := range s.workloads {
+		if w := &s.workloads[i]; w.Capture != nil {
+			wanted[w.Capture.NetNS] = true
+			if a.pods != nil { // also one whose namespace cannot be looked at now
+				wanted[filepath.Join(PinDir(a.cfg.RunDir), w.UID)] = true
+			}
+		}
+	}
+	a.rules.mu.Lock()
+	defer a.rules.mu.Unlock()
+	for netns, has := range a.rules.applied {
+		if wanted[netns] {
+			continue
+		}
+		open, err := 0, error(nil)
+		if has.home != "" && s.enrolled[has.home] { // not the namespace left, but the pod is gone
+			err = capture.Remove(netns)
+		} else {
+			open, err = capture.Leave(netns)
+		}
+		switch {
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
+			a.log.Error("releasing a network namespace", "netns", netns, "error", err)
+		case open > 0:
+			if has.state == captures {
+				left = true
+				a.log.Info("network namespace released; the proxy keeps what is open", "netns", netns, "connections", open)
+			}
+			a.rules.applied[netns] = ruled{state: leftovers, home: has.home}
+		default:
+			a.log.Info("network namespace released", "netns", netns)
+			delete(a.rules.applied, netns)
+		}
+	}
+	return left
+}
+
+// acceptTime is how long a proxy may take to accept a connection.
+const acceptTime = 100 * time.Millisecond
 
 // place puts the newest state where its pods are, and gives the proxy what
 // follows from that. It returns nil while there is no state.
@@ -173,6 +266,11 @@ func (a *agent) give(s *nodeState) {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
 		return
 	}
+	if a.letGo(s) {
+		// What was redirected a moment ago is to be accepted before the listener
+		// goes: the kernel resets what still waits for it then.
+		time.Sleep(acceptTime)
+	}
 	a.relay.SetLocal(set)
 	a.given = s
 }
@@ -193,31 +291,39 @@ func (a *agent) wake() {
 }
 
 // hold puts one namespace's rules in place if they are not, and returns what
-// is wrong, "" if nothing is.
-func (a *agent) hold(w *mesh.Workload) string {
+// is wrong, "" if nothing is. Connections from before are ended as soon as the
+// namespace enforces, or a quarantine is to cut the workload off.
+func (a *agent) hold(s *nodeState, w *mesh.Workload) string {
 	netns := w.Capture.NetNS
-	err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes})
+	_, caller := s.model.Quarantined(w.ID)
+	_, target := s.model.QuarantinedTarget(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})
+	now := ruled{state: captures, home: w.Namespace, keepsOpen: s.modes[w.Namespace] == mesh.ModeObserve && !caller && !target}
+	o := capture.Options{Probes: w.Capture.Probes, KeepOpen: now.keepsOpen}
+	err := capture.Verify(netns, o)
 	if err != nil {
 		a.rules.mu.Lock()
-		again := a.rules.applied[netns]
+		again := a.rules.applied[netns] == now
 		a.rules.mu.Unlock()
 		if again {
 			a.log.Warn("capture rules were not in place and are repaired", "netns", netns, "found", err)
 		}
-		if err := capture.Apply(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
+		if err := capture.Apply(netns, o); err != nil {
 			return "capture rules: " + err.Error()
 		}
-		if err := capture.Verify(netns, capture.Options{Probes: w.Capture.Probes}); err != nil {
+		if err := capture.Verify(netns, o); err != nil {
 			return "capture rules: " + err.Error()
 		}
-		if n, err := capture.ResetEstablished(netns); err != nil {
-			a.log.Warn("connections from before the capture could not be ended", "netns", netns, "error", err)
-		} else if n > 0 {
-			a.log.Info("connections from before the capture were ended", "netns", netns, "count", n)
+		if !o.KeepOpen {
+			n, err := capture.ResetEstablished(netns)
+			if err != nil {
+				a.log.Warn("connections from before the capture could not be ended", "netns", netns, "error", err)
+			} else if n > 0 {
+				a.log.Info("connections from before the capture were ended", "netns", netns, "count", n)
+			}
 		}
 	}
 	a.rules.mu.Lock()
-	a.rules.applied[netns] = true
+	a.rules.applied[netns] = now
 	a.rules.mu.Unlock()
 	return ""
 }

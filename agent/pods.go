@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/agent/cni"
 	"github.com/signet-mesh/signet/agent/netns"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -131,6 +132,21 @@ func (p *pods) absent(uid string) string {
 	return "no network namespace yet"
 }
 
+// pinned lists the network namespaces that an earlier run held.
+func (p *pods) pinned() (paths []string) {
+	if p == nil {
+		return nil
+	}
+	pins, err := p.store.List()
+	if err != nil {
+		p.log.Error("listing pinned network namespaces", "error", err)
+	}
+	for _, pin := range pins {
+		paths = append(paths, pin.Path)
+	}
+	return paths
+}
+
 // release unpins what no workload of the state needs any more. Its rules have
 // been removed before.
 func (p *pods) release(s *nodeState, held func(path string) bool) {
@@ -244,6 +260,16 @@ func (a *agent) Check(_ context.Context, uid, path string) error {
 func (a *agent) Release(_ context.Context, uid, path string) error {
 	if path == "" {
 		return nil
+	}
+	if pin, err := a.pods.store.Get(uid); err == nil {
+		// Its processes are gone, and soon its interfaces: what the proxy has
+		// open there would stay for as long as peers do not end it, and peers
+		// that went in the same moment never do.
+		if inode, err := namespaceID(path); err == nil && inode == pin.Inode {
+			if _, err := capture.End(pin.Path); err != nil {
+				a.log.Warn("connections of a pod that is gone could not be ended", "uid", uid, "error", err)
+			}
+		}
 	}
 	_, err := a.pods.store.UnpinIf(uid, path)
 	a.wake()

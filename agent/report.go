@@ -46,7 +46,7 @@ func (a *agent) report(ctx context.Context) {
 	}
 	connected, settled, _ := a.proxy(s)
 	m := &nodev1.ReportRequest{Revision: last.revision} // unless the proxy has a newer one in full
-	if settled {
+	if settled && a.rules.by(s) {                       // the rules, and what was open before, follow the state too
 		m.Revision = s.revision
 	}
 	problems := a.problems(s, connected)

@@ -178,8 +178,13 @@ func (a *agent) loadState() {
 	if err == nil {
 		// Should a workload have left meanwhile, its rules must go.
 		for i := range a.state.workloads {
-			if c := a.state.workloads[i].Capture; c != nil && c.NetNS != "" {
-				a.rules.applied[c.NetNS] = true
+			if w := &a.state.workloads[i]; w.Capture != nil && w.Capture.NetNS != "" {
+				a.rules.applied[w.Capture.NetNS] = ruled{state: captures, home: w.Namespace}
+			}
+		}
+		for _, path := range a.pods.pinned() { // also those that left just before
+			if a.rules.get(path) == noRules {
+				a.rules.applied[path] = ruled{state: captures}
 			}
 		}
 	}

@@ -123,7 +123,7 @@ func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.Add
 
 // meshed returns w if connections to it must go through a tunnel.
 func meshed(s *mesh.State, w *mesh.Workload) *mesh.Workload {
-	if s.Mode(w.Namespace) == mesh.ModeOff {
+	if s.Mode(w.Namespace) == mesh.ModeOff || s.Plain[w.Namespace] {
 		return nil
 	}
 	return w

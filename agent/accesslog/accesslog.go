@@ -273,6 +273,10 @@ func handshake(l *line, e *audit.Event) {
 	r.Source = audit.Party{ID: l.Peer, Address: l.Src}
 	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst}
 	r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: "+l.Failure
+	if strings.Contains(l.Failure, "system_library") && !strings.Contains(l.Failure, "CERTIFICATE") {
+		// Nobody was judged: a caller that ends, for one, takes its handshakes along.
+		r.Verdict, r.Reason = audit.Failed, "the connection broke in the handshake: "+l.Failure
+	}
 }
 
 func negotiated(l *line) *audit.TLS {

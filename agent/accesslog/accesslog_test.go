@@ -72,6 +72,7 @@ func TestDecode(t *testing.T) {
 		"plain-observe":                 {true, audit.Destination, audit.Observed, "plaintext", "", "", "", "plaintext: the caller proved no identity", 100, 50, ""},
 		"handshake-of-a-tunnel":         {}, // its streams are the records
 		"handshake-without-certificate": {true, audit.Destination, audit.Denied, "mtls", "", "", "", "peer_did_not_provide_required_client_certificate", 0, 0, ""},
+		"handshake-broken":              {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
 		"handshake-no-tls":              {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},
 	}
 	for name, line := range lines(t) {

@@ -10,6 +10,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/signet-mesh/signet/agent/capture/nft"
+	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // Apply puts capture in place: the rules, in one transaction that replaces
@@ -41,7 +42,7 @@ func (n *NS) Apply(o Options) error {
 	if saved == nil {
 		saved = now
 	}
-	if err := n.writeRules(o, saved); err != nil {
+	if err := n.writeRules(ruleset(o), saved); err != nil {
 		return err
 	}
 	if err := n.writeSettings(wanted(saved)); err != nil {
@@ -56,6 +57,10 @@ func (n *NS) Apply(o Options) error {
 func (n *NS) Remove() error {
 	n.apply.Lock()
 	defer n.apply.Unlock()
+	return n.remove()
+}
+
+func (n *NS) remove() error {
 	// The guard first: without the rules it lets nothing pass.
 	if err := n.removeGuard(); err != nil {
 		return err
@@ -86,6 +91,57 @@ func (n *NS) Remove() error {
 	return nil
 }
 
+// Leave takes the rules away, as Remove does, but not the connections that the
+// proxy has taken: two chains stay, for the sake of which the kernel goes on
+// translating their addresses, and so do the settings. Nothing new is captured.
+// It returns how many connections there are, and at least 1 when it has just
+// taken the rules away: the proxy may not have accepted the last one yet. Once
+// there are none, it removes all, as Remove does, and returns 0.
+func (n *NS) Leave() (int, error) {
+	n.apply.Lock()
+	defer n.apply.Unlock()
+	found, err := n.findTable()
+	if err != nil || found == nil {
+		return 0, err
+	}
+	c, err := n.nft()
+	if err != nil {
+		return 0, err
+	}
+	diff, err := nft.Differs(c, n.fd(), table, append(translation(), chain{Name: savedChain}), savedChain)
+	if err != nil {
+		return 0, fmt.Errorf("capture: %s: %w", n.path, err)
+	}
+	all, err := n.Sockets()
+	if err != nil {
+		return 0, err
+	}
+	taken := 0
+	for _, s := range all {
+		if p := s.Local.Port(); s.State.open() && (p == mesh.PortOutbound || p == mesh.PortInbound) {
+			taken++
+		}
+	}
+	if diff == "" {
+		if taken == 0 {
+			err = n.remove()
+		}
+		return taken, err
+	}
+	saved, err := n.saved()
+	if err != nil {
+		return 0, err
+	}
+	// Nothing will vouch for what leaves.
+	if err := n.removeGuard(); err != nil {
+		return 0, err
+	}
+	if saved == nil { // somebody altered it; the settings stay as they are
+		saved = settings{}
+	}
+	return max(taken, 1), n.writeRules(translation(), saved)
+}
+
 func (n *NS) nft() (*nftables.Conn, error) {
 	c, err := nftables.New(nftables.WithNetNSFd(n.fd()))
 	if err != nil {
@@ -95,7 +151,7 @@ func (n *NS) nft() (*nftables.Conn, error) {
 }
 
 // writeRules replaces the table in one transaction.
-func (n *NS) writeRules(o Options, saved settings) error {
+func (n *NS) writeRules(chains []chain, saved settings) error {
 	c, err := n.nft()
 	if err != nil {
 		return err
@@ -103,7 +159,7 @@ func (n *NS) writeRules(o Options, saved settings) error {
 	c.AddTable(table) // so that there is one to delete
 	c.DelTable(table)
 	c.AddTable(table)
-	nft.Add(c, table, append(ruleset(o), savedRules(saved)))
+	nft.Add(c, table, append(chains, savedRules(saved)))
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("capture: %s: write rules (the kernel needs nf_tables with nat, redir and reject for inet): %w", n.path, err)
 	}

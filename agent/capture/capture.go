@@ -19,6 +19,7 @@
 //     refused in both directions: the kernel redirects a connection by its
 //     first packet, so one that it tracked before, or a new one on the ports
 //     of such, would slip by.
+//     Options.KeepOpen leaves this out, and captures what begins only.
 //   - What leaves by a link is marked last of all, and at the link a filter in
 //     another part of the kernel (guard.go) drops TCP without that mark: a
 //     namespace whose rules are gone is cut off, not open, whoever deleted
@@ -96,6 +97,11 @@ type Options struct {
 	// Probes are the ports that the kubelet of the node may reach without a
 	// tunnel, in any order. None of the mesh's own, and not 0.
 	Probes []uint16
+	// KeepOpen leaves connections from before alone: only those that begin now
+	// are captured, and what is not captured is not refused. It is for
+	// namespaces that only observe. Without it again, what bypasses the proxy
+	// breaks as after every Apply.
+	KeepOpen bool
 }
 
 func (o *Options) check() error {
@@ -126,6 +132,24 @@ func Verify(netns string, o Options) error {
 
 // Remove undoes Apply; see NS.Remove.
 func Remove(netns string) error { return with(netns, (*NS).Remove) }
+
+// Leave undoes Apply, but for open connections; see NS.Leave.
+func Leave(netns string) (open int, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		open, err = ns.Leave()
+		return err
+	})
+	return open, err
+}
+
+// End ends all connections; see NS.End.
+func End(netns string) (n int, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		n, err = ns.End()
+		return err
+	})
+	return n, err
+}
 
 // ResetEstablished ends the connections that bypass the proxy; see
 // NS.ResetEstablished.

@@ -43,22 +43,32 @@ func ruleset(o Options) []chain {
 			probesFilter = append(probesFilter, rule{Comment: about, Exprs: slices.Concat(from, nft.Direction(nft.Original), nft.Done())})
 		}
 	}
+	past := []rule{
+		{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
+		// Not reset: a stray packet must not end the proxy's connection.
+		{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
+	}
+	var before []rule
+	if o.KeepOpen {
+		past = nil
+		before = []rule{{Comment: "from before", Exprs: slices.Concat(nft.TCP(), nft.Begun(), nft.Done())}}
+	}
 	return []chain{
-		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: []rule{
+		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat(before, []rule{
 			{Comment: "the proxy's own sockets", Exprs: slices.Concat(mark(), nft.Done())},
 			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
 			// A socket that dialled one is bound to the interface, and would not
 			// hear from the proxy on loopback. What is not redirected is refused.
 			{Comment: "link-local", Exprs: slices.Concat(nft.TCP(), toLinkLocal(), nft.Done())},
 			{Comment: "outbound", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortOutbound))},
-		}},
-		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat([]rule{
+		})},
+		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: slices.Concat(before, []rule{
 			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(), nft.Done())},
 		}, probesNAT, []rule{
 			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "inbound without a tunnel", Exprs: slices.Concat(nft.TCP(), redirect(mesh.PortInbound))},
 		})},
-		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: []rule{
+		{Name: "output_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
 			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(), nft.TCP(), toPort(mesh.PortOutbound), nft.Reset())},
 			{Comment: "no loop into the proxy", Exprs: slices.Concat(mark(), toLoopback(), nft.TCP(), toPort(mesh.PortInbound), nft.Reset())},
 			{Comment: "resets may leave", Exprs: slices.Concat(nft.TCP(), nft.Resets(), nft.Done())},
@@ -68,22 +78,28 @@ func ruleset(o Options) []chain {
 			{Comment: "inside the namespace", Exprs: slices.Concat(toLoopback(), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
 			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), translated(), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
-		}},
+		}, past)},
 		{Name: "input_filter", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter, Rules: slices.Concat([]rule{
 			{Comment: "inside the namespace", Exprs: slices.Concat(fromLoopback(), nft.Done())},
 		}, probesFilter, []rule{
 			{Comment: "redirected", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortInbound), nft.Done())},
 			{Comment: "tunnels", Exprs: slices.Concat(nft.TCP(), toPort(mesh.PortTunnel), nft.Done())},
 			{Comment: "answers", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Reply), nft.Done())},
-			{Comment: "nothing past the proxy", Exprs: slices.Concat(nft.TCP(), nft.Direction(nft.Original), nft.Reset())},
-			// Not reset: a stray packet must not end the proxy's connection.
-			{Comment: "nothing untracked", Exprs: slices.Concat(nft.TCP(), nft.Drop())},
-		})},
+		}, past)},
 		{Name: "vouch", Kind: nftables.ChainTypeFilter, Hook: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityLast, Rules: []rule{
 			{Comment: "what leaves went by these rules", Exprs: vouch()},
 		}},
+	}
+}
+
+// translation is what the kernel needs to go on with the connections that it
+// has redirected, and redirects none: it tracks connections only while a rule
+// asks about them, and translates only while a chain could say how.
+func translation() []chain {
+	tracked := []rule{{Comment: "tracked", Exprs: slices.Concat(nft.TCP(), translated(), nft.Done())}}
+	return []chain{
+		{Name: "output_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest, Rules: tracked},
+		{Name: "input_nat", Kind: nftables.ChainTypeNAT, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest, Rules: tracked},
 	}
 }
 

@@ -147,6 +147,30 @@ func (n *NS) ResetEstablished() (int, error) {
 	return total, fmt.Errorf("capture: %s: connections past the proxy keep appearing: is capture applied?", n.path)
 }
 
+// End ends every open TCP connection of the namespace and returns how many: for
+// one whose processes are gone, in which only the proxy has sockets left. Their
+// peers may have gone without a word, and then nothing else would end them.
+func (n *NS) End() (int, error) {
+	all, err := n.Sockets()
+	if err != nil {
+		return 0, err
+	}
+	total := 0
+	for _, s := range all {
+		if s.State == Listen {
+			continue
+		}
+		err := n.withDiag(func(d *diagConn) error { return d.destroy(s.key) })
+		switch {
+		case err == nil:
+			total++
+		case !errors.Is(err, ErrNotFound):
+			return total, fmt.Errorf("capture: %s: destroy %s -> %s: %w", n.path, s.Local, s.Remote, err)
+		}
+	}
+	return total, nil
+}
+
 // bypassing returns the open connections that ResetEstablished ends.
 func bypassing(all []Socket) []Socket {
 	type pair struct{ local, remote netip.AddrPort }

@@ -127,7 +127,7 @@ func (r *Relay) Version() string {
 	return r.upstream.version
 }
 
-// apply takes one update from the control plane.
+// apply takes one update of what the control plane pushes.
 func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -138,18 +138,9 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 		next[typeURL] = map[string]xds.Resource{}
 	}
 	for _, a := range added {
-		if _, ok := r.onDemand[a.Name]; ok && typeURL == xds.TypeCluster {
-			r.onDemand[a.Name] = answer{state: xdsserver.Found, resource: a}
-			if _, pushed := next[typeURL][a.Name]; !pushed {
-				continue
-			}
-		}
 		next[typeURL][a.Name] = a
 	}
 	for _, n := range removed {
-		if _, ok := r.onDemand[n]; ok && typeURL == xds.TypeCluster {
-			r.onDemand[n] = refused(n)
-		}
 		delete(next[typeURL], n)
 	}
 	r.upstream = version(next)
@@ -157,6 +148,19 @@ func (r *Relay) apply(typeURL string, added []xds.Resource, removed []string) {
 	if err := saveCopy(r.cache, next); err != nil {
 		r.log.Error("keeping a copy of the proxy's configuration", "error", err)
 	}
+}
+
+// answer takes the control plane's answers for clusters that were asked for.
+func (r *Relay) answer(found []xds.Resource, absent []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, a := range found {
+		r.onDemand[a.Name] = answer{state: xdsserver.Found, resource: a}
+	}
+	for _, n := range absent {
+		r.onDemand[n] = refused(n)
+	}
+	r.publish()
 }
 
 // refused answers for a name that stands for nothing.

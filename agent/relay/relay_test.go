@@ -202,6 +202,35 @@ func TestOnDemandPassesThrough(t *testing.T) {
 	}
 }
 
+// TestAskedThenPushed: a destination that a proxy asked for, and that a policy
+// then lets the control plane push, is part of the copy, and goes back to being
+// an answer when it is pushed no more.
+//
+// What it defends: a copy that lacks it never equals the control plane's, and
+// the node would count as behind for ever.
+func TestAskedThenPushed(t *testing.T) {
+	const name = "dst|10.0.0.1:80"
+	it := cluster(t, name, 1)
+	u := &upstream{changed: make(chan struct{}), set: setOf(cluster(t, "a", 1)), demand: map[string]xds.Resource{name: it}}
+	conn, stopServer := u.serve(t)
+	defer stopServer()
+	r := New(Config{Keys: noKeys{}, Log: slog.New(slog.DiscardHandler)})
+	r.SetNamespaces(map[string]uint64{})
+	r.SetLocal(setOf())
+	defer follow(t, r, conn)()
+	answered := func() bool { _, a := r.Lookup(xds.TypeCluster, name); return a == xdsserver.Found }
+	eventually(t, "an answer", answered)
+	pushed := setOf(cluster(t, "a", 1), it)
+	u.edit(pushed)
+	eventually(t, "the copy to have it", func() bool { return r.Version() == pushed.Version() && has(r, xds.TypeCluster, name) })
+	fewer := setOf(cluster(t, "a", 1))
+	u.edit(fewer)
+	eventually(t, "the copy not to have it", func() bool { return r.Version() == fewer.Version() && !has(r, xds.TypeCluster, name) })
+	if !answered() {
+		t.Error("a destination that is pushed no more is not answered for")
+	}
+}
+
 // TestListenersWaitForTheirNamespace: a listener in a namespace that does not
 // exist would be refused by the proxy for good; one in a namespace that was
 // made anew must move there.

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -18,12 +19,26 @@ var types = []string{xds.TypeCluster}
 
 // Follow keeps the copy equal to the control plane's until ctx ends,
 // reconnecting as often as needed.
+//
+// What is pushed and what was asked for by name come on streams of their own:
+// on one, a cluster that was asked for first and is pushed later would not be
+// sent again, and the copy would never be known to be whole.
 func (r *Relay) Follow(ctx context.Context, conn grpc.ClientConnInterface) {
+	var wait sync.WaitGroup
+	wait.Go(func() { r.follow(ctx, conn, r.pushed) })
+	wait.Go(func() { r.follow(ctx, conn, r.named) })
+	wait.Wait()
+}
+
+// upstreamClient is the agent's end of a stream.
+type upstreamClient = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient
+
+func (r *Relay) follow(ctx context.Context, conn grpc.ClientConnInterface, run func(context.Context, upstreamClient, <-chan *discoveryv3.DeltaDiscoveryResponse, <-chan error) error) {
 	const first, most = 100 * time.Millisecond, 5 * time.Second
 	wait := first
 	for ctx.Err() == nil {
 		began := time.Now()
-		err := r.stream(ctx, conn)
+		err := openStream(ctx, conn, run)
 		if ctx.Err() != nil {
 			return
 		}
@@ -40,7 +55,8 @@ func (r *Relay) Follow(ctx context.Context, conn grpc.ClientConnInterface) {
 	}
 }
 
-func (r *Relay) stream(ctx context.Context, conn grpc.ClientConnInterface) error {
+// openStream opens a stream and receives on it while run works.
+func openStream(ctx context.Context, conn grpc.ClientConnInterface, run func(context.Context, upstreamClient, <-chan *discoveryv3.DeltaDiscoveryResponse, <-chan error) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx)
 	if err != nil {
@@ -66,57 +82,72 @@ func (r *Relay) stream(ctx context.Context, conn grpc.ClientConnInterface) error
 			}
 		}
 	}()
+	return run(ctx, stream, responses, failed)
+}
 
-	told := map[string]bool{} // on-demand names that this stream asked for
-	for _, t := range types {
-		if err := stream.Send(r.subscribe(t, told)); err != nil {
-			return err
-		}
+// pushed takes what the control plane pushes, saying what is already here.
+func (r *Relay) pushed(_ context.Context, stream upstreamClient, responses <-chan *discoveryv3.DeltaDiscoveryResponse, failed <-chan error) error {
+	first := &discoveryv3.DeltaDiscoveryRequest{
+		TypeUrl:                 xds.TypeCluster,
+		ResourceNamesSubscribe:  []string{"*"},
+		InitialResourceVersions: map[string]string{},
+	}
+	r.mu.Lock()
+	for n, res := range r.upstream.Set[xds.TypeCluster] {
+		first.InitialResourceVersions[n] = res.Version
+	}
+	r.mu.Unlock()
+	if err := stream.Send(first); err != nil {
+		return err
 	}
 	for {
 		select {
 		case err := <-failed:
 			return err
-		case <-r.asked:
-			if names := r.newNames(told); len(names) > 0 {
-				if err := stream.Send(&discoveryv3.DeltaDiscoveryRequest{
-					TypeUrl: xds.TypeCluster, ResourceNamesSubscribe: names,
-				}); err != nil {
-					return err
-				}
-			}
 		case resp := <-responses:
-			var added []xds.Resource
-			for _, a := range resp.GetResources() {
-				added = append(added, xds.Resource{Name: a.GetName(), Version: a.GetVersion(), Body: a.GetResource()})
-			}
-			r.apply(resp.GetTypeUrl(), added, resp.GetRemovedResources())
-			if err := stream.Send(&discoveryv3.DeltaDiscoveryRequest{
-				TypeUrl: resp.GetTypeUrl(), ResponseNonce: resp.GetNonce(),
-			}); err != nil {
+			r.apply(resp.GetTypeUrl(), added(resp), resp.GetRemovedResources())
+			if err := acknowledge(stream, resp); err != nil {
 				return err
 			}
 		}
 	}
 }
 
-// subscribe is a stream's first request for a type: everything by wildcard,
-// and the clusters that the proxy asked for, saying what is already here.
-func (r *Relay) subscribe(typeURL string, told map[string]bool) *discoveryv3.DeltaDiscoveryRequest {
-	req := &discoveryv3.DeltaDiscoveryRequest{
-		TypeUrl:                 typeURL,
-		ResourceNamesSubscribe:  []string{"*"},
-		InitialResourceVersions: map[string]string{},
+// named asks for the clusters that the proxy asked for, and takes the answers.
+func (r *Relay) named(ctx context.Context, stream upstreamClient, responses <-chan *discoveryv3.DeltaDiscoveryResponse, failed <-chan error) error {
+	told := map[string]bool{} // names that this stream asked for
+	for {
+		if names := r.newNames(told); len(names) > 0 {
+			if err := stream.Send(&discoveryv3.DeltaDiscoveryRequest{
+				TypeUrl: xds.TypeCluster, ResourceNamesSubscribe: names,
+			}); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-failed:
+			return err
+		case <-r.asked:
+		case resp := <-responses:
+			r.answer(added(resp), resp.GetRemovedResources())
+			if err := acknowledge(stream, resp); err != nil {
+				return err
+			}
+		}
 	}
-	if typeURL == xds.TypeCluster {
-		req.ResourceNamesSubscribe = append(req.ResourceNamesSubscribe, r.newNames(told)...)
+}
+
+func added(resp *discoveryv3.DeltaDiscoveryResponse) (out []xds.Resource) {
+	for _, a := range resp.GetResources() {
+		out = append(out, xds.Resource{Name: a.GetName(), Version: a.GetVersion(), Body: a.GetResource()})
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for n, res := range r.upstream.Set[typeURL] {
-		req.InitialResourceVersions[n] = res.Version
-	}
-	return req
+	return out
+}
+
+func acknowledge(stream upstreamClient, resp *discoveryv3.DeltaDiscoveryResponse) error {
+	return stream.Send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: resp.GetTypeUrl(), ResponseNonce: resp.GetNonce()})
 }
 
 func (r *Relay) newNames(told map[string]bool) []string {

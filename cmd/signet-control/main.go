@@ -113,6 +113,7 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 	}
 	cfg.Agents = func() []fanout.Node { return watcher.Agents(o.namespace) }
 	cfg.Attend = func(ctx context.Context, facts control.Facts) error {
+		watcher.FollowNodes(facts.Reports)
 		leader := &kube.Leader{
 			Client: client, Namespace: o.namespace, Identity: o.identity, Watcher: watcher,
 			Reports: facts.Reports, Bundle: facts.Bundle, Log: log,

@@ -85,7 +85,7 @@ func run(signals <-chan os.Signal, args []string) error {
 	done := make(chan error, 1)
 	go func() {
 		done <- proxy.Run(ctx, cut, proxy.Config{
-			Node: *node, Envoy: program, RunDir: *runDir, ADS: agent.ProxySocket(*runDir), Spool: spool,
+			Node: *node, Envoy: program, RunDir: *runDir, ADS: agent.ProxySocket(*runDir), Spool: spool, Owner: os.Getenv("POD_NAME"),
 			Threads: *threads, DrainLimit: *limit, Log: log, Out: io.Writer(os.Stderr),
 		})
 	}()
@@ -103,7 +103,8 @@ func run(signals <-chan os.Signal, args []string) error {
 	}
 }
 
-// ready fails while the node's newest proxy does not serve; for kubelet.
+// ready fails while the proxy of this pod ($POD_NAME), or outside of a pod the
+// node's newest, does not serve; for kubelet.
 func ready(args []string) error {
 	f := flag.NewFlagSet("signet-proxy ready", flag.ContinueOnError)
 	runDir := f.String("run-dir", "/run/signet", "holds the sockets")
@@ -115,7 +116,7 @@ func ready(args []string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
 	defer cancel()
-	return proxy.Ready(ctx, *runDir)
+	return proxy.Ready(ctx, *runDir, os.Getenv("POD_NAME"))
 }
 
 // raiseFileLimit lets Envoy, which needs a few descriptors for each connection,

@@ -115,7 +115,7 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 func (x *index) view(s settings, d *documents) *mesh.View {
 	state := &mesh.State{
 		TrustDomain: s.td, SVIDTTL: s.ttl, RefuseUnknown: s.refuseUnknown,
-		Namespaces: x.modes, Excluded: x.excluded,
+		Namespaces: x.modes, Plain: x.plain, Excluded: x.excluded,
 		Workloads: x.workloads.values, Services: x.serviceSet.values,
 	}
 	h := sha256.New()
@@ -125,8 +125,9 @@ func (x *index) view(s settings, d *documents) *mesh.View {
 		TTL        time.Duration
 		Refuse     bool
 		Namespaces map[string]mesh.Mode
+		Plain      map[string]bool
 		Excluded   map[string]string
-	}{1, s.td.Name(), s.ttl, s.refuseUnknown, x.modes, x.excluded})
+	}{2, s.td.Name(), s.ttl, s.refuseUnknown, x.modes, x.plain, x.excluded})
 	if err != nil {
 		panic(fmt.Sprintf("kube: encode revision: %v", err))
 	}
@@ -138,6 +139,16 @@ func (x *index) view(s settings, d *documents) *mesh.View {
 		}
 	}
 	return &mesh.View{Revision: hex.EncodeToString(h.Sum(nil)[:8]), State: state, Model: d.model}
+}
+
+// changing is how the status names the namespaces that join or leave: by the
+// mode that is to come.
+func (x *index) changing() map[string]mesh.Mode {
+	out := map[string]mesh.Mode{}
+	for name := range x.turns {
+		out[name] = x.namespaces[name].wanted
+	}
+	return out
 }
 
 // notices are the annotations that are no mode, by namespace.

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
@@ -45,6 +46,9 @@ type index struct {
 	services services
 
 	namespaces map[string]namespace
+	turns      map[string]*turn     // namespaces that join or leave
+	gradual    bool                 // namespaces with running pods join and leave in steps
+	plain      map[string]bool      // namespaces that are called in plain although captured; replaced whole
 	modes      map[string]mesh.Mode // of those that take part; replaced whole
 	excluded   map[string]string    // pod UID -> node; replaced whole
 	workloads  table[mesh.Workload]
@@ -71,7 +75,7 @@ type meaning struct {
 func newIndex(c caches, td spiffeid.TrustDomain, skipped func(*corev1.Service, int32)) *index {
 	x := &index{
 		caches: c, td: td,
-		namespaces: map[string]namespace{}, modes: map[string]mesh.Mode{}, excluded: map[string]string{},
+		namespaces: map[string]namespace{}, turns: map[string]*turn{}, plain: map[string]bool{}, modes: map[string]mesh.Mode{}, excluded: map[string]string{},
 		meanings: map[string]meaning{}, byAddr: map[netip.Addr]string{},
 		needs: map[string][]string{}, neededBy: map[string]set{},
 	}
@@ -102,7 +106,7 @@ func (x *index) update(d *dirty) bool {
 }
 
 func (x *index) updateNamespaces(d *dirty) bool {
-	modes := maps.Clone(x.modes)
+	modes, plain := maps.Clone(x.modes), maps.Clone(x.plain)
 	for name := range d.namespaces {
 		var now namespace
 		obj, exists, _ := x.namespaceStore.GetByKey(name) // a store in memory has none
@@ -110,8 +114,20 @@ func (x *index) updateNamespaces(d *dirty) bool {
 			now = parseNamespace(obj.(*corev1.Namespace))
 		}
 		was := x.namespaces[name]
+		t := x.turned(name, was.wanted, now.wanted, x.turns[name], time.Now())
+		if !exists {
+			t = nil
+		}
+		if x.turns[name] = t; t == nil {
+			delete(x.turns, name)
+		}
+		var inPlain bool
+		now.mode, inPlain = t.mode(now.wanted)
 		if x.namespaces[name] = now; !exists {
 			delete(x.namespaces, name)
+		}
+		if plain[name] = inPlain; !inPlain {
+			delete(plain, name)
 		}
 		if now.mode == mesh.ModeOff {
 			delete(modes, name)
@@ -134,10 +150,10 @@ func (x *index) updateNamespaces(d *dirty) bool {
 			}
 		}
 	}
-	if maps.Equal(modes, x.modes) {
+	if maps.Equal(modes, x.modes) && maps.Equal(plain, x.plain) {
 		return false
 	}
-	x.modes = modes
+	x.modes, x.plain = modes, plain
 	return true
 }
 

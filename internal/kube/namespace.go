@@ -28,7 +28,8 @@ func stripNamespace(obj any) (any, error) {
 
 // namespace is how one takes part.
 type namespace struct {
-	mode        mesh.Mode
+	wanted      mesh.Mode // as annotated
+	mode        mesh.Mode // as it is now, while it joins or leaves
 	allowOptOut bool
 	unknown     string // an annotation's value that is no mode, and stands for enforce
 }
@@ -38,9 +39,9 @@ type namespace struct {
 func parseNamespace(in *corev1.Namespace) namespace {
 	value, annotated := in.Annotations[v1alpha1.AnnotationMesh]
 	mode, ok := mesh.ParseMode(value)
-	out := namespace{mode: mode, allowOptOut: in.Annotations[v1alpha1.AnnotationAllowOptOut] == "true"}
+	out := namespace{wanted: mode, allowOptOut: in.Annotations[v1alpha1.AnnotationAllowOptOut] == "true"}
 	if !ok || annotated && value == "" {
-		out.mode, out.unknown = mesh.ModeEnforce, value
+		out.wanted, out.unknown = mesh.ModeEnforce, value
 		if value == "" {
 			out.unknown = `""`
 		}

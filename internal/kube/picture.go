@@ -34,12 +34,13 @@ func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *p
 	p := &picture{view: snap.view, current: map[string]bool{}, targets: map[string]map[string]set{}, counts: map[string]*count{}}
 	type key struct{ node, workload, uid string }
 	said := map[key]string{}
-	acting := map[string]bool{}
+	acting, revision := map[string]bool{}, map[string]string{}
 	for _, r := range reports {
 		if !r.Connected || now.Sub(r.At) > fresh {
 			continue
 		}
 		acting[r.Node] = r.Revision == snap.view.Revision
+		revision[r.Node] = r.Revision
 		for _, w := range r.Workloads {
 			said[key{r.Node, w.GetWorkload(), w.GetUid()}] = w.GetProblem()
 		}
@@ -63,7 +64,10 @@ func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *p
 		text, reported := said[key{w.Node, w.Key(), w.UID}]
 		switch {
 		case reported && text == "":
-			c.enrolled++
+			// Captured, but perhaps not yet in the mode that the status names.
+			if snap.history.acts(revision[w.Node], w.Namespace) {
+				c.enrolled++
+			}
 		case reported:
 			p.problems = append(p.problems, problem{w.Namespace, w.Name, w.UID, w.Node, text})
 		}
@@ -103,6 +107,12 @@ func (p *picture) namespace(name string, snap *snapshot) string {
 	var c count
 	if have := p.counts[name]; have != nil {
 		c = *have
+	}
+	if next, ok := snap.changing[name]; ok {
+		if next == mesh.ModeOff {
+			return fmt.Sprintf("off: %d pods are leaving", c.pods)
+		}
+		mode, c.enrolled = next, 0 // whoever calls them, calls in plain
 	}
 	out := fmt.Sprintf("%s: %d of %d pods enrolled", mode, c.enrolled, c.pods)
 	if unknown := snap.notices[name]; unknown != "" {

@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
+	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -39,15 +40,18 @@ type Watcher struct {
 	pending *dirty        // guarded by mu
 	wake    chan struct{} // has room for one
 
-	latest atomic.Pointer[snapshot]
+	latest  atomic.Pointer[snapshot]
+	reports atomic.Pointer[func() []caserver.NodeReport]
 }
 
 // snapshot is what the newest view was made of. It is immutable.
 type snapshot struct {
 	view      *mesh.View
 	documents *documents
-	faults    []string          // of the MeshConfig
-	notices   map[string]string // namespaces whose annotation is no mode
+	faults    []string // of the MeshConfig
+	history   *history
+	changing  map[string]mesh.Mode // namespaces that join or leave -> the mode to come
+	notices   map[string]string    // namespaces whose annotation is no mode
 }
 
 // NewWatcher returns a Watcher. It makes no request before Run.
@@ -111,6 +115,10 @@ func NewWatcher(client *Client, log *slog.Logger) (*Watcher, error) {
 	return w, nil
 }
 
+// FollowNodes lets namespaces with running pods join and leave in steps from now
+// on, by what the nodes report. Before, they do so at once.
+func (w *Watcher) FollowNodes(reports func() []caserver.NodeReport) { w.reports.Store(&reports) }
+
 func (w *Watcher) mark(change func(*dirty)) {
 	w.mu.Lock()
 	change(w.pending)
@@ -150,7 +158,7 @@ func (w *Watcher) Run(ctx context.Context, accept func(*mesh.View), reject func(
 		return nil
 	}
 	w.log.InfoContext(ctx, "caches synced", "namespaces", len(w.namespaceStore.ListKeys()), "pods", len(w.podStore.ListKeys()), "services", len(w.serviceStore.ListKeys()))
-	f := &follower{watcher: w, accept: accept, reject: reject}
+	f := &follower{watcher: w, accept: accept, reject: reject, history: &history{}}
 	for {
 		if wait := time.Until(f.last.Add(quiet)); wait > 0 {
 			select {
@@ -164,8 +172,13 @@ func (w *Watcher) Run(ctx context.Context, accept func(*mesh.View), reject func(
 		w.pending = newDirty()
 		w.mu.Unlock()
 		f.step(ctx, d)
+		var look <-chan time.Time
+		if f.index != nil && len(f.index.turns) > 0 {
+			look = time.After(lookAtTurns)
+		}
 		select {
 		case <-w.wake:
+		case <-look:
 		case <-ctx.Done():
 			return nil
 		}
@@ -211,6 +224,7 @@ type follower struct {
 	faults    []string   // of the MeshConfig
 	told      []string   // the faults that the newest view came with
 	view      *mesh.View // the newest
+	history   *history
 }
 
 // step brings everything up to date with what changed.
@@ -239,15 +253,21 @@ func (f *follower) step(ctx context.Context, d *dirty) {
 	if f.index == nil {
 		return
 	}
+	if reports := w.reports.Load(); reports != nil {
+		f.index.gradual = f.view != nil // what was there at the start is not on its way
+		f.index.advance(d, (*reports)(), time.Now())
+	}
 	if f.index.update(d) || changed {
 		f.last = time.Now()
 		f.view = f.index.view(f.settings, f.documents)
+		f.history = f.history.add(f.view)
 		f.accept(f.view)
 		if f.told = f.faults; len(f.told) > 0 {
 			f.reject(f.told...)
 		}
 	}
-	w.latest.Store(&snapshot{view: f.view, documents: f.documents, faults: f.faults, notices: f.index.notices()})
+	f.index.saw(f.view) // a step may be one that changes nothing
+	w.latest.Store(&snapshot{view: f.view, documents: f.documents, faults: f.faults, history: f.history, changing: f.index.changing(), notices: f.index.notices()})
 }
 
 // read takes the objects of signet.dev from their caches.

@@ -213,6 +213,19 @@ func (p *Pod) Do(f func() error) error {
 	return <-done
 }
 
+// In runs f on a thread that is in the network namespace at a path; what f does
+// is bound as with Pod.Do.
+func In(path string, f func() error) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("lab: network namespace %s: %w", path, err)
+	}
+	defer ns.Close()
+	done := make(chan error)
+	go func() { done <- elsewhere(func() error { return netns.Set(ns) }, f) }()
+	return <-done
+}
+
 // elsewhere locks the calling goroutine to its thread, moves the thread to
 // another network namespace with enter, calls f and moves the thread back. It
 // must not simply let the thread end with its goroutine: the process's main

@@ -45,6 +45,16 @@ func (p *Pod) Sniff(ctx context.Context, iface string, canaries ...[]byte) (*Sni
 	return s, err
 }
 
+// SniffAt watches an interface in the network namespace at a path, such as a
+// node of a cluster has, until ctx ends or the sniffer is closed.
+func SniffAt(ctx context.Context, path, iface string, canaries ...[]byte) (s *Sniffer, err error) {
+	err = In(path, func() (err error) {
+		s, err = newSniffer(ctx, iface, canaries)
+		return err
+	})
+	return s, err
+}
+
 // newSniffer opens the socket in the calling thread's namespace.
 func newSniffer(ctx context.Context, iface string, canaries [][]byte) (s *Sniffer, err error) {
 	for _, c := range canaries {

@@ -65,6 +65,9 @@ type State struct {
 	// RefuseUnknown closes connections to destinations outside the mesh.
 	RefuseUnknown bool
 	Namespaces    map[string]Mode // absent means ModeOff
+	// Plain are namespaces that are on their way into the mesh or out of it:
+	// their workloads take tunnels, and plaintext, and are called in plain.
+	Plain map[string]bool
 	// Excluded are the pods that opted out of an enrolled namespace, where its
 	// owner allows that: pod UID to node.
 	Excluded  map[string]string

@@ -35,6 +35,9 @@ type Config struct {
 	ADS string
 	// Spool is the file that the agent reads audit lines from.
 	Spool string
+	// Owner is the pod that this proxy runs in, which Ready asks by; it may be
+	// empty.
+	Owner string
 	// Threads is the number of Envoy's workers. 0: one for each processor.
 	Threads int
 	// DrainLimit is how long open connections may live on when the proxy is
@@ -76,7 +79,7 @@ func Run(ctx, cut context.Context, c Config) error {
 	if err := c.check(); err != nil {
 		return err
 	}
-	own, err := instance.Create(c.RunDir)
+	own, err := instance.Create(c.RunDir, c.Owner)
 	if err != nil {
 		return fmt.Errorf("proxy: %w", err)
 	}

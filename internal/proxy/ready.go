@@ -9,25 +9,36 @@ import (
 	"github.com/signet-mesh/signet/internal/proxy/instance"
 )
 
-// Ready says why the newest proxy of a node that is not draining does not serve
-// yet, nil if it does. An older one beside it does not count: the question is
-// whether that may end.
-func Ready(ctx context.Context, runDir string) error {
+// Ready says why the proxy of an owner does not serve yet, nil if it does: the
+// newest that is not draining. An empty owner asks for the newest of all.
+//
+// Each answers for itself. Kubelet ends the old proxy of a node when the new one
+// is ready, or when the old one is not: one that serves must not answer for a
+// new one that does not, and a new one that cannot serve must not make the old
+// one seem broken.
+func Ready(ctx context.Context, runDir, owner string) error {
 	all, err := instance.List(runDir)
 	if err != nil {
 		return fmt.Errorf("proxy: %w", err)
 	}
 	var newest *instance.Instance
 	for i := range all {
-		if p := &all[i]; !p.Draining && (newest == nil || p.Epoch.After(newest.Epoch)) {
+		if p := &all[i]; !p.Draining && (owner == "" || p.Owner == owner) && (newest == nil || p.Epoch.After(newest.Epoch)) {
 			newest = p
 		}
 	}
 	if newest == nil {
-		return errors.New("proxy: none runs on this node")
+		return errors.New("proxy: none runs on this node" + of(owner))
 	}
 	if _, err := newAdmin(newest.Admin()).do(ctx, http.MethodGet, "/ready"); err != nil {
 		return fmt.Errorf("proxy %s: %w", newest.ID, err)
 	}
 	return nil
+}
+
+func of(owner string) string {
+	if owner == "" {
+		return ""
+	}
+	return " for " + owner
 }

@@ -248,7 +248,8 @@ func TestStolenNodeCertificate(t *testing.T) {
 	}
 	time.Sleep(2 * time.Second)
 	th.refused("report on the other node's pod", func() error {
-		if s := b.kubectl("signet", "status"); strings.Contains(s, "stolen") {
+		// Of its own node, the thief can say what it likes: a finding is no fault.
+		if s, _ := b.try("signet", "status"); strings.Contains(s, "stolen") {
 			return nil
 		}
 		return errors.New("it is not believed")

@@ -76,6 +76,16 @@ func Resets() []expr.Any {
 	}
 }
 
+// Begun matches TCP packets that do not begin a connection.
+func Begun() []expr.Any {
+	const flagsAt, syn = 13, 0x02
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flagsAt, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{syn}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
+	}
+}
+
 // The directions of a tracked connection, as the kernel numbers them.
 const (
 	Original = 0 // of its first packet

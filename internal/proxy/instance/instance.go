@@ -22,6 +22,7 @@ const (
 	lockName     = "lock"
 	epochName    = "epoch"
 	drainingName = "draining"
+	ownerName    = "owner"
 )
 
 // idLayout makes names that sort by the time of their making.
@@ -33,6 +34,8 @@ type Instance struct {
 	ID string
 	// Dir is the instance's own directory.
 	Dir string
+	// Owner is what Create was told.
+	Owner string
 	// Epoch is when its Envoy was last started: what that had open before is
 	// gone.
 	Epoch time.Time
@@ -72,6 +75,11 @@ func List(runDir string) ([]Instance, error) {
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+		owner, err := os.ReadFile(filepath.Join(i.Dir, ownerName))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // an older version's has none
+			return err
+		}
+		i.Owner = string(owner)
 		_, err = os.Stat(filepath.Join(i.Dir, drainingName))
 		i.Draining = err == nil
 		out = append(out, i)
@@ -118,8 +126,9 @@ type Own struct {
 }
 
 // Create makes an instance and removes what dead ones left. The caller closes
-// it.
-func Create(runDir string) (*Own, error) {
+// it. owner tells which of the node's is which, such as by the name of a pod; it
+// may be empty.
+func Create(runDir, owner string) (*Own, error) {
 	root := Root(runDir)
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
@@ -132,12 +141,15 @@ func Create(runDir string) (*Own, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := &Own{}
+	o := &Own{Instance: Instance{Owner: owner}}
 	if o.lock, err = os.OpenFile(filepath.Join(making, lockName), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(making))
 	}
 	if err := unix.Flock(int(o.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: lock: %w", making, err), o.lock.Close(), os.RemoveAll(making))
+	}
+	if err := os.WriteFile(filepath.Join(making, ownerName), []byte(owner), 0o600); err != nil {
+		return nil, errors.Join(err, o.lock.Close(), os.RemoveAll(making))
 	}
 	for {
 		o.ID = time.Now().UTC().Format(idLayout)

@@ -27,11 +27,11 @@ func TestInstances(t *testing.T) {
 	if n := len(ids(t, dir)); n != 0 {
 		t.Fatalf("%d instances before the first", n)
 	}
-	first, err := Create(dir)
+	first, err := Create(dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	second, err := Create(dir)
+	second, err := Create(dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestInstances(t *testing.T) {
 	if got := ids(t, dir); len(got) != 1 || got[0].ID != second.ID {
 		t.Errorf("%+v, want %s alone", got, second.ID)
 	}
-	third, err := Create(dir)
+	third, err := Create(dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,7 +39,7 @@ func dial(args []string, early done) error {
 	if err == nil {
 		r.Local, r.Remote = early.conn.LocalAddr().String(), early.conn.RemoteAddr().String()
 		_ = early.conn.SetDeadline(time.Now().Add(*timeout))
-		r.ID, err = askID(early.conn, rest[0])
+		r.ID, err = askID(early.conn, rest[0], "")
 		_ = early.conn.Close()
 	}
 	r.OK, r.MS = err == nil, float64(time.Since(early.start).Microseconds())/1000
@@ -54,8 +54,8 @@ func dial(args []string, early done) error {
 }
 
 // askID asks a server of this program for its name.
-func askID(c net.Conn, host string) (string, error) {
-	if _, err := fmt.Fprintf(c, "GET /id HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", host); err != nil {
+func askID(c net.Conn, host, mark string) (string, error) {
+	if _, err := fmt.Fprintf(c, "GET /id HTTP/1.1\r\nHost: %s\r\nX-Mark: %s\r\nConnection: close\r\n\r\n", host, mark); err != nil {
 		return "", err
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -74,7 +74,7 @@ func askID(c net.Conn, host string) (string, error) {
 }
 
 // call makes a connection, asks once, and ends it.
-func call(ctx context.Context, address string) (string, error) {
+func call(ctx context.Context, address, mark string) (string, error) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "tcp", address)
 	if err != nil {
@@ -84,5 +84,5 @@ func call(ctx context.Context, address string) (string, error) {
 	if deadline, ok := ctx.Deadline(); ok {
 		_ = c.SetDeadline(deadline)
 	}
-	return askID(c, address)
+	return askID(c, address, mark)
 }

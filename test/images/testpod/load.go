@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -86,6 +87,7 @@ type loader struct {
 	want          string
 	idle          time.Duration
 	timeout       time.Duration
+	mark          string
 
 	mu  sync.Mutex
 	now counts // guarded by mu; of the second that is running
@@ -115,6 +117,8 @@ func load(ctx context.Context, args []string) error {
 	f.StringVar(&l.echo, "echo", "", "address of the TCP echo, HOST:PORT (default: that of the calls with the port + 1)")
 	f.StringVar(&l.want, "want", "", "what the name of whoever answers starts with; anything else is wrong")
 	f.DurationVar(&l.idle, "idle", 100*time.Millisecond, "between two messages of a stream")
+	f.StringVar(&l.mark, "mark", "", "text that every call and every message carries, to be found on the wire where it is in plain")
+	every := f.Duration("every", time.Second, "how often counts are printed")
 	f.DurationVar(&l.timeout, "timeout", 5*time.Second, "of a call, and of a message's way back")
 	rest, err := parse(f, args)
 	if err != nil {
@@ -122,6 +126,9 @@ func load(ctx context.Context, args []string) error {
 	}
 	if len(rest) != 1 {
 		return errors.New("load: name one address, HOST:PORT")
+	}
+	if *every <= 0 {
+		return errors.New("load: --every must be more than 0")
 	}
 	if *rate < 0 || *rate > 10000 || *conns < 0 {
 		return errors.New("load: --rate must be from 0 to 10000, --conns 0 or more")
@@ -132,7 +139,7 @@ func load(ctx context.Context, args []string) error {
 			return err
 		}
 	}
-	printLine(l.run(ctx, *rate, *conns, func(c counts) { printLine(c) }))
+	printLine(l.run(ctx, *rate, *conns, *every, func(c counts) { printLine(c) }))
 	return nil
 }
 
@@ -149,9 +156,9 @@ func nextPort(address string) (string, error) {
 	return net.JoinHostPort(host, strconv.FormatUint(n+1, 10)), nil
 }
 
-// run gives each second's counts to tell, and returns those of the whole run.
+// run gives the counts of each such time to tell, and returns those of the whole run.
 // It returns when nothing that it started runs any more.
-func (l *loader) run(ctx context.Context, rate float64, streams int, tell func(counts)) counts {
+func (l *loader) run(ctx context.Context, rate float64, streams int, every time.Duration, tell func(counts)) counts {
 	var wait sync.WaitGroup
 	for range streams {
 		wait.Go(func() {
@@ -165,7 +172,7 @@ func (l *loader) run(ctx context.Context, rate float64, streams int, tell func(c
 		wait.Go(func() { l.calls(ctx, rate) })
 	}
 	total := counts{Summary: true}
-	each := time.NewTicker(time.Second)
+	each := time.NewTicker(every)
 	defer each.Stop()
 	for ctx.Err() == nil {
 		select {
@@ -214,7 +221,7 @@ func (l *loader) call(ctx context.Context) {
 	bound, cancel := context.WithTimeout(ctx, l.timeout)
 	defer cancel()
 	began := time.Now()
-	id, err := call(bound, l.address)
+	id, err := call(bound, l.address, l.mark)
 	took := float64(time.Since(began).Microseconds()) / 1000
 	if err != nil && ctx.Err() != nil {
 		return
@@ -263,17 +270,17 @@ func (l *loader) stream(ctx context.Context) {
 var errOther = errors.New("stream: what came back was not what was sent")
 
 func (l *loader) echoes(ctx context.Context, c net.Conn) error {
-	var sent, got [8]byte
+	sent, got := append(make([]byte, 8), l.mark...), make([]byte, 8+len(l.mark))
 	for n := uint64(1); ; n++ {
-		binary.BigEndian.PutUint64(sent[:], n)
+		binary.BigEndian.PutUint64(sent, n)
 		_ = c.SetDeadline(time.Now().Add(l.timeout))
-		if _, err := c.Write(sent[:]); err != nil {
+		if _, err := c.Write(sent); err != nil {
 			return err
 		}
-		if _, err := io.ReadFull(c, got[:]); err != nil {
+		if _, err := io.ReadFull(c, got); err != nil {
 			return err
 		}
-		if got != sent {
+		if !bytes.Equal(got, sent) {
 			return errOther
 		}
 		l.update(func(c *counts) { c.Echoed++ })

@@ -4,6 +4,7 @@
 //	testpod serve --port N [--echo-port N] [--grpc-port N] [--first-instruction]
 //	testpod dial ADDR [--timeout D]
 //	testpod load ADDR [--rate N] [--conns N] [--echo ADDR] [--want PREFIX] [--idle D]
+//	             [--mark TEXT] [--every D]
 //	testpod hold
 //
 // Everything it prints is lines of JSON. SIGTERM and SIGINT end it.
