@@ -123,7 +123,7 @@ func TestProbes(t *testing.T) {
 
 	for _, table := range []string{"inet", "bridge"} {
 		for _, n := range b.cluster.Nodes() {
-			b.on(n, "nft delete table "+table+" signet")
+			b.script(n, "nft delete table "+table+" signet")
 		}
 	}
 	began := time.Now()

@@ -15,8 +15,8 @@ import (
 	"github.com/signet-mesh/signet/test/cluster"
 )
 
-// on runs a shell script as a node's root.
-func (b *bench) on(n *cluster.Node, script string) string {
+// script runs a shell script as a node's root.
+func (b *bench) script(n *cluster.Node, script string) string {
 	b.Helper()
 	out, err := n.Command(b.Context(), "bash", "-c", "set -e\n"+script).CombinedOutput()
 	if err != nil {
@@ -58,8 +58,8 @@ func (p *place) within(command string) string {
 func (b *bench) place(what string, n *cluster.Node, namespace, name string) *place {
 	b.Helper()
 	address := b.ip(namespace, name)
-	netns := b.on(n, fmt.Sprintf("for ns in /run/netns/*; do if nsenter --net=$ns ip -4 -o addr | grep -q ' %s/'; then echo $ns; fi; done", address))
-	link := b.on(n, fmt.Sprintf(`ip -o route get %s | sed -n 's/.* dev \([^ ]*\).*/\1/p'`, address))
+	netns := b.script(n, fmt.Sprintf("for ns in /run/netns/*; do if nsenter --net=$ns ip -4 -o addr | grep -q ' %s/'; then echo $ns; fi; done", address))
+	link := b.script(n, fmt.Sprintf(`ip -o route get %s | sed -n 's/.* dev \([^ ]*\).*/\1/p'`, address))
 	if netns == "" || strings.ContainsAny(netns+link, "\n ") || link == "" {
 		b.Fatalf("%s: %s: network namespace %q, link %q", n.Name(), name, netns, link)
 	}
@@ -107,7 +107,7 @@ func (b *bench) forge(p *place, source netip.Addr) (undo string) {
 	change := func(what string) string {
 		return p.within(fmt.Sprintf("ip addr %s %s/%d dev %s", what, source, source.BitLen(), link))
 	}
-	b.on(p.node, change("add")+more)
+	b.script(p.node, change("add")+more)
 	b.atEnd(p.node, change("del"))
 	return change("del")
 }
@@ -118,7 +118,7 @@ func (b *bench) answers(from *cluster.Node, p *place, source netip.Addr) {
 	b.Helper()
 	add := func(n *cluster.Node, to string) {
 		route := fmt.Sprintf("%s/%d %s", source, source.BitLen(), to)
-		b.on(n, "ip route replace "+route)
+		b.script(n, "ip route replace "+route)
 		b.atEnd(n, "ip route del "+route)
 	}
 	if p.netns != "" {
@@ -127,7 +127,7 @@ func (b *bench) answers(from *cluster.Node, p *place, source netip.Addr) {
 	if from != p.node {
 		via := p.node.Addr().String()
 		if source.Is6() {
-			via = b.on(p.node, "ip -6 -o addr show scope global | grep -v ': lo ' | sed -n 's/.* inet6 \\([^/]*\\).*/\\1/p' | head -1")
+			via = b.script(p.node, "ip -6 -o addr show scope global | grep -v ': lo ' | sed -n 's/.* inet6 \\([^/]*\\).*/\\1/p' | head -1")
 		}
 		add(from, "via "+via)
 	}
@@ -175,7 +175,7 @@ func TestProbeSourceIsNobodyElses(t *testing.T) {
 				continue
 			}
 			attempts += 3 * times
-			says := b.on(p.node, before+"\n"+p.calls(source, to, times, 8080, 8081, 8085))
+			says := b.script(p.node, before+"\n"+p.calls(source, to, times, 8080, 8081, 8085))
 			if n := served(says); n > 0 {
 				t.Errorf("%s%s was served %d times by %s: %s", p.what, who, n, to, says)
 			}
@@ -196,7 +196,7 @@ func TestProbeSourceIsNobodyElses(t *testing.T) {
 		} {
 			undo := b.forge(p, a.source)
 			attack(p, a.who, a.source, "")
-			b.on(p.node, undo)
+			b.script(p.node, undo)
 		}
 	}
 	const deleted = "for t in inet bridge; do nft add table $t signet; nft delete table $t signet; done"
@@ -209,7 +209,7 @@ func TestProbeSourceIsNobodyElses(t *testing.T) {
 				attack(p, " with the source of probes and without rules", source, deleted)
 			}
 			if p != near { // which is needed below
-				b.on(p.node, undo)
+				b.script(p.node, undo)
 			}
 		}
 	}
@@ -247,7 +247,7 @@ for i in 1 2 3 4 5 6 7 8 9 10; do testpod dial %s --timeout=1s || true; done 2>&
 	for i, source := range []netip.Addr{capture.ProbeSource, capture.ProbeSource6} {
 		without := func(port uint16) (n int) {
 			for range 3 { // the agent puts the rules back within a second
-				n += served(b.on(node1, deleted+"\n"+near.calls(source, ones[i], times, port)))
+				n += served(b.script(node1, deleted+"\n"+near.calls(source, ones[i], times, port)))
 				time.Sleep(2 * time.Second)
 			}
 			return n
@@ -273,7 +273,7 @@ for i in 1 2 3 4 5 6 7 8 9 10; do testpod dial %s --timeout=1s || true; done 2>&
 // a number of times.
 func (b *bench) asKubelet(n *cluster.Node, address string, times int) (count int, says string) {
 	b.Helper()
-	out := b.on(n, fmt.Sprintf(`mkdir -p /tmp/cgroup2; mount -t cgroup2 none /tmp/cgroup2
+	out := b.script(n, fmt.Sprintf(`mkdir -p /tmp/cgroup2; mount -t cgroup2 none /tmp/cgroup2
 path=$(sed -n 's/^0:://p' /proc/$(pidof kubelet)/cgroup)
 echo $$ > /tmp/cgroup2$path/cgroup.procs
 umount /tmp/cgroup2

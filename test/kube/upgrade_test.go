@@ -129,7 +129,7 @@ func (b *bench) retag(tag string) {
 	for _, n := range b.cluster.Nodes() {
 		for _, component := range []string{"control", "agent", "proxy"} {
 			name := "localhost/signet-" + component + ":"
-			b.on(n, fmt.Sprintf("ctr -n k8s.io images tag --force %s%s %s%s", name, b.version, name, tag))
+			b.script(n, fmt.Sprintf("ctr -n k8s.io images tag --force %s%s %s%s", name, b.version, name, tag))
 		}
 	}
 }
