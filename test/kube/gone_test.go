@@ -16,16 +16,6 @@ func (b *bench) pinned(namespace, name string) string {
 	return "/run/signet/netns/" + strings.TrimSpace(b.kubectl("-n", namespace, "get", "pod", name, "-o", "jsonpath={.metadata.uid}"))
 }
 
-// on runs a command on a node, and fails the test if that fails.
-func (b *bench) on(n *cluster.Node, argv ...string) string {
-	b.Helper()
-	out, err := n.Command(b.Context(), argv...).CombinedOutput()
-	if err != nil {
-		b.Fatalf("%s: %q: %v\n%s", n.Name(), argv, err, out)
-	}
-	return string(out)
-}
-
 // says reads a namespace's status until it is or is no longer as given, and
 // returns how long that took.
 func (b *bench) says(namespace, text string, is bool) time.Duration {
@@ -69,7 +59,7 @@ func TestRulesGone(t *testing.T) {
 			t.Errorf("%v\n%s", err, out)
 		}
 	})
-	b.on(node1, "nsenter", "--net="+pin, "nft", "flush", "ruleset")
+	b.script(node1, "nsenter --net="+pin+" nft flush ruleset")
 	t.Logf("the agent stopped and rules deleted: the status said so %s later", b.says(l.namespace, allThree, false))
 	if a := b.dial(l.namespace, "server", plain); a.OK {
 		t.Errorf("without its rules the server calls outside of the mesh: %+v", a)
@@ -78,7 +68,7 @@ func TestRulesGone(t *testing.T) {
 	began := time.Now()
 	b.signal(node1, "signet-agent", "CONT")
 	b.eventually(5*time.Second, func() string {
-		if out := b.on(node1, "nsenter", "--net="+pin, "nft", "list", "tables"); !strings.Contains(out, "signet") {
+		if out := b.script(node1, "nsenter --net="+pin+" nft list tables"); !strings.Contains(out, "signet") {
 			return out
 		}
 		return ""
@@ -95,13 +85,13 @@ func TestRulesGone(t *testing.T) {
 	l.since = time.Now()
 	for range 3 {
 		began = time.Now()
-		b.on(node1, "umount", pin)
+		b.script(node1, "umount "+pin)
 		low := ""
 		b.eventually(20*time.Second, func() string {
 			if got := b.statusOf(l.namespace); got != allThree {
 				low = got
 			}
-			if out := b.on(node1, "sh", "-c", "grep -c "+pin+" /proc/self/mountinfo || true"); strings.TrimSpace(out) != "1" {
+			if out := b.script(node1, "grep -c "+pin+" /proc/self/mountinfo || true"); out != "1" {
 				return "pinned " + out + " times"
 			}
 			return ""
