@@ -34,7 +34,8 @@ type pods struct {
 }
 
 // scanEvery is how often processes are looked through for pods that have no
-// pinned namespace.
+// pinned namespace. For one that had it until now they are at once: the proxy
+// would be told to leave it.
 const scanEvery = 2 * time.Second
 
 // openPods takes up what is pinned below the run directory.
@@ -74,11 +75,12 @@ func (p *pods) place(ctx context.Context, workloads []mesh.Workload) []mesh.Work
 		if w.UID == "" || w.Capture == nil {
 			continue
 		}
+		lost := w.Capture.NetNS != "" // if there is no pin: a moment ago there was one
 		c := &mesh.Capture{Probes: w.Capture.Probes}
 		w.Capture = c
 		pin, err := p.store.Get(w.UID)
 		if errors.Is(err, netns.ErrNotPinned) {
-			if scan == nil && now.Sub(p.scanned) >= scanEvery {
+			if scan == nil && (lost || now.Sub(p.scanned) >= scanEvery) {
 				p.scanned = now
 				if scan, err = p.procs.Scan(ctx); err != nil {
 					p.log.Error("looking for pods among the processes", "error", err)

@@ -101,8 +101,11 @@ func (n *NS) Leave() (int, error) {
 	n.apply.Lock()
 	defer n.apply.Unlock()
 	found, err := n.findTable()
-	if err != nil || found == nil {
+	if err != nil {
 		return 0, err
+	}
+	if found == nil { // but perhaps the guard, which lets nothing pass
+		return 0, n.remove()
 	}
 	c, err := n.nft()
 	if err != nil {

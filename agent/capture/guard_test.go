@@ -90,6 +90,26 @@ func TestGuard(t *testing.T) {
 	reaches(t, p.a, net.Dialer{}, "[fd00::3]:8080", "other -")
 }
 
+// Defends: a namespace that leaves the mesh is not cut off by the guard, whether
+// its rules are there at that moment, were deleted before, or stay for the sake
+// of what is open.
+func TestGuard_leave(t *testing.T) {
+	p := newPair(t)
+	serve(t, p.a, "tcp", ":8080", "app")
+	for _, leave := range []func() error{
+		func() error { return Remove(p.a.NetNS) },
+		func() error { flush(t, p.a); return Remove(p.a.NetNS) },
+		func() error { _, err := Leave(p.a.NetNS); return err },
+		func() error { flush(t, p.a); _, err := Leave(p.a.NetNS); return err },
+	} {
+		apply(t, p.a)
+		if err := leave(); err != nil {
+			t.Fatal(err)
+		}
+		reaches(t, p.b, net.Dialer{}, "10.88.0.2:8080", "app -")
+	}
+}
+
 // Defends: what is open through the proxy when rules are deleted, and repaired
 // soon, goes on: the guard drops packets, and TCP sends them again.
 func TestGuard_openConnections(t *testing.T) {

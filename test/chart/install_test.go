@@ -159,6 +159,7 @@ for file in /etc/cni/net.d/*; do sha256sum "$file"; done
 grep signet /proc/self/mountinfo || true
 for ns in /run/netns/* /var/run/netns/*; do
   [ ! -e "$ns" ] || nsenter --net="$ns" nft list ruleset | grep -i signet || true
+  [ ! -e "$ns" ] || nsenter --net="$ns" tc qdisc show | grep clsact || true
 done
 for p in /proc/[0-9]*; do grep -a signet "$p/comm" 2>/dev/null || true; done`
 	all := map[string]string{}

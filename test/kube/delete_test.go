@@ -20,6 +20,7 @@ grep signet /proc/self/mountinfo || true
 nft list tables | grep signet || true
 for ns in /run/netns/*; do
   [ ! -e "$ns" ] || nsenter --net="$ns" nft list ruleset | grep -i signet || true
+  [ ! -e "$ns" ] || nsenter --net="$ns" tc qdisc show | grep clsact || true
 done
 for p in /proc/[0-9]*; do grep -a -E 'signet|envoy' "$p/comm" 2>/dev/null || true; done`
 	all := map[string]string{}
