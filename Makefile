@@ -78,7 +78,7 @@ ALONE = $(shell $(GO) list ./... | grep -v '/test/kube$$')
 test-cluster: PLATFORMS := linux/$(shell $(GO) env GOARCH)
 test-cluster: root deps-debian kube-tools images ## Run the end-to-end tests on a real cluster of two nodes; KEEP=1 leaves it
 	@echo "test-cluster: go test ./test/kube"
-	@SIGNET_VERSION="$(VERSION)" KEEP="$(KEEP)" $(GO) test -v -count=1 -timeout=60m $(TESTFLAGS) ./test/kube/
+	@SIGNET_VERSION="$(VERSION)" KEEP="$(KEEP)" $(GO) test -v -count=1 -timeout=$(if $(SIGNET_TEST_LONG),170m -tags=long,70m) $(TESTFLAGS) ./test/kube/
 
 .PHONY: cluster
 cluster: root deps-debian kube-tools ## Start a real Kubernetes cluster of two nodes on this machine
