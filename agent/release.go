@@ -35,7 +35,12 @@ func ReleaseNode(cfg Config) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return errors.Join(empty(cfg.StateDir), os.RemoveAll(PinDir(cfg.RunDir)))
+	// The roots that it joined with, too, and where its sockets were.
+	errs = []error{empty(cfg.StateDir), os.RemoveAll(PinDir(cfg.RunDir)), os.RemoveAll(filepath.Dir(WorkloadSocket(cfg.RunDir)))}
+	if err := os.Remove(cfg.Bundle); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // empty removes what is in a directory, which may be a mount itself.
