@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"net/http"
 	"slices"
 	"time"
 
@@ -72,12 +73,18 @@ func (p *proxy) handOver(ctx context.Context) bool {
 			alone = time.Now()
 		}
 		for _, o := range others {
-			theirs, err := newAdmin(o.Admin()).listeners(ctx)
+			admin := newAdmin(o.Admin())
+			theirs, err := admin.listeners(ctx)
 			missing := ""
 			for name := range own {
 				if !theirs[name] {
 					missing = name
 				}
+			}
+			if err == nil && missing == "" {
+				// An Envoy that starts has its listeners before it accepts on
+				// them, which takes a while on a busy machine.
+				_, err = admin.do(ctx, http.MethodGet, "/ready")
 			}
 			if err == nil && missing == "" {
 				p.Log.Info("another proxy has every listener", "other", o.ID, "listeners", len(own))
