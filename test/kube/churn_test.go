@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/signet-mesh/signet/internal/lab"
+	"github.com/signet-mesh/signet/test/cluster"
 )
 
 // perNode is how many addresses each node gives out while pods come and go, and
@@ -64,6 +65,7 @@ type churn struct {
 	failed   atomic.Int64
 	unserved atomic.Int64 // closed without an answer
 	records  map[string]record
+	given    map[string][2]netip.Addr // by node: the first and last address for those who come and go
 }
 
 // asked is a call that was answered.
@@ -113,7 +115,7 @@ func TestChurnWatchDelayed(t *testing.T) {
 				c.Errorf("signal %s to %s: %v\n%s", signal, program, err, out)
 			}
 			cancel()
-			time.Sleep(4 * time.Second)
+			time.Sleep(map[string]time.Duration{"STOP": 8 * time.Second, "CONT": 3 * time.Second}[signal])
 		}
 	}
 	stops := 0
@@ -138,7 +140,7 @@ func TestChurnWatchDelayed(t *testing.T) {
 // newChurn starts those who stay, and then limits the addresses.
 func newChurn(b *bench) *churn {
 	b.Helper()
-	c := &churn{bench: b, in: b.namespace("enforce"), out: b.namespace(""), lives: map[string]*life{}, records: map[string]record{}}
+	c := &churn{bench: b, in: b.namespace("enforce"), out: b.namespace(""), lives: map[string]*life{}, records: map[string]record{}, given: map[string][2]netip.Addr{}}
 	var docs strings.Builder
 	docs.WriteString(service(c.in, "keeper", "keeper") + allow(c.in, "keeper", "a0", "a1"))
 	for account, callers := range map[string][]string{"a0": {"green"}, "a1": {"green", "blue"}, "a2": {"blue"}} {
@@ -167,13 +169,32 @@ func newChurn(b *bench) *churn {
 	return c
 }
 
-// ranges returns the first and the last address that a node gives out meanwhile.
-func ranges(pods netip.Prefix) (first, last netip.Addr) {
-	raw := pods.Masked().Addr().AsSlice()
-	raw[len(raw)-1] = 200
-	first, _ = netip.AddrFromSlice(raw)
-	raw[len(raw)-1] += perNode - 1
-	last, _ = netip.AddrFromSlice(raw)
+// ranges returns the first and the last address that a node is to give out: none
+// of them is in use.
+func (c *churn) ranges(node *cluster.Node) (first, last netip.Addr) {
+	c.Helper()
+	if r, ok := c.given[node.Name()]; ok {
+		return r[0], r[1]
+	}
+	entries, err := os.ReadDir(node.Disk() + "/var/lib/cni/networks/pods") // a file for each address in use
+	if err != nil {
+		c.Fatal(err)
+	}
+	for start := byte(20); start < 240; start += perNode {
+		raw := node.PodCIDR().Masked().Addr().As4()
+		raw[3] = start
+		first = netip.AddrFrom4(raw)
+		raw[3] += perNode - 1
+		last = netip.AddrFrom4(raw)
+		if !slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+			a, err := netip.ParseAddr(e.Name())
+			return err == nil && a.Compare(first) >= 0 && a.Compare(last) <= 0
+		}) {
+			c.given[node.Name()] = [2]netip.Addr{first, last}
+			return first, last
+		}
+	}
+	c.Fatalf("%s has no %d addresses in a row that are free", node.Name(), perNode)
 	return first, last
 }
 
@@ -187,7 +208,7 @@ func (c *churn) limit() {
 		if err != nil {
 			c.Fatal(err)
 		}
-		first, last := ranges(node.PodCIDR())
+		first, last := c.ranges(node)
 		subnet := fmt.Sprintf("%q", node.PodCIDR())
 		now := strings.Replace(string(was), subnet, fmt.Sprintf("%s, \"rangeStart\": %q, \"rangeEnd\": %q", subnet, first, last), 1)
 		if now == string(was) {
@@ -426,7 +447,7 @@ func (c *churn) callers(ctx context.Context, wait *sync.WaitGroup, name string) 
 		})
 	}
 	for _, node := range c.cluster.Nodes() {
-		first, last := ranges(node.PodCIDR())
+		first, last := c.ranges(node)
 		for a := first; a.Compare(last) <= 0; a = a.Next() {
 			each(a, "")
 		}

@@ -30,6 +30,9 @@ func (c *churn) judge() {
 			wrong = c.atDestination(&r)
 		}
 		tally[r.Side+" "+r.Transport+" "+r.Verdict]++
+		if strings.Contains(r.Reason, "did not prove") {
+			tally["somebody else than wanted, and so not spoken to"]++
+		}
 		if wrong != "" {
 			tally["WRONG"]++
 			if tally["WRONG"] <= 20 {
