@@ -33,6 +33,12 @@ func (c *churn) judge() {
 		if strings.Contains(r.Reason, "did not prove") {
 			tally["somebody else than wanted, and so not spoken to"]++
 		}
+		if late, ok := c.inPlain(&r); ok {
+			tally["in plain toward a pod of the mesh, which refuses it"]++
+			if late > time.Second {
+				tally["in plain toward a pod of the mesh more than 1 s after its address was known"]++
+			}
+		}
 		if wrong != "" {
 			tally["WRONG"]++
 			if tally["WRONG"] <= 20 {
@@ -183,6 +189,28 @@ func (c *churn) atSource(r *record) string {
 	return c.verdict(r, source.account, target)
 }
 
+// inPlain reports whether a caller's record is of a connection in plain to an
+// address that a pod of the mesh had by then, and how long that was known.
+func (c *churn) inPlain(r *record) (late time.Duration, ok bool) {
+	if r.Side != "source" || r.Transport != "plaintext" || r.Verdict != "allowed" {
+		return 0, false
+	}
+	ap, err := netip.ParseAddrPort(r.Destination.Via)
+	if err != nil {
+		return 0, false
+	}
+	var last *life
+	for _, l := range c.lives {
+		if slices.Contains(l.addrs, ap.Addr()) && !l.seen.After(r.Start) && (last == nil || l.seen.After(last.seen)) {
+			last = l
+		}
+	}
+	if last == nil || !last.meshed || !last.gone.IsZero() && r.Start.After(last.gone) {
+		return 0, false
+	}
+	return r.Start.Sub(last.seen), true
+}
+
 // atDestination says what is wrong with a destination's record.
 func (c *churn) atDestination(r *record) string {
 	target := c.lives[r.Destination.Workload]
@@ -199,8 +227,8 @@ func (c *churn) atDestination(r *record) string {
 		return ""
 	}
 	if r.Source.ID == "" {
-		if r.Verdict == "allowed" {
-			return "a caller without an identity was served"
+		if r.Verdict != "failed" { // whoever makes tunnels here has an identity
+			return "nobody has tried without an identity"
 		}
 		return ""
 	}
