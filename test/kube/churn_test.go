@@ -3,8 +3,6 @@ package kube
 import (
 	"context"
 	"fmt"
-	"io"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -420,15 +418,7 @@ func (c *churn) one(ctx context.Context, n int, node string) error {
 // callers call every address and every service from inside of a pod.
 func (c *churn) callers(ctx context.Context, wait *sync.WaitGroup, name string) {
 	c.Helper()
-	p, err := c.client.CoreV1().Pods(c.in).Get(ctx, name, metav1.GetOptions{})
-	if err != nil {
-		c.Fatal(err)
-	}
-	root, err := c.cluster.Node(p.Spec.NodeName).Root()
-	if err != nil {
-		c.Fatal(err)
-	}
-	ns := root + "/run/signet/netns/" + string(p.UID)
+	ns := c.inside(c.in, name)
 	each := func(to netip.Addr, account string) {
 		address := netip.AddrPortFrom(to, 8080).String()
 		wait.Go(func() {
@@ -464,24 +454,18 @@ func (c *churn) callers(ctx context.Context, wait *sync.WaitGroup, name string) 
 
 // call asks once who answers.
 func (c *churn) call(ctx context.Context, a *asked) {
+	var err error
 	a.began = time.Now()
-	d := net.Dialer{Timeout: 2 * time.Second}
-	conn, err := d.DialContext(ctx, "tcp", a.to)
-	if err != nil {
+	a.local, a.answer, err = ask(ctx, a.to)
+	a.ended = time.Now()
+	switch {
+	case err != nil:
 		c.failed.Add(1)
-		return
-	}
-	defer conn.Close()
-	a.local = conn.LocalAddr().String()
-	_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
-	_, _ = io.WriteString(conn, "GET /id HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-	got, _ := io.ReadAll(conn)
-	_, body, ok := strings.Cut(string(got), "\r\n\r\n")
-	if a.answer, a.ended = strings.TrimSpace(body), time.Now(); !ok || a.answer == "" {
+	case a.answer == "":
 		c.unserved.Add(1)
-		return
+	default:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.calls = append(c.calls, a)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.calls = append(c.calls, a)
 }
