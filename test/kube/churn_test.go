@@ -59,7 +59,10 @@ type churn struct {
 	mu    sync.Mutex
 	lives map[string]*life // guarded by mu; by namespace/name
 
-	calls    []*asked // guarded by mu; those that were answered
+	calls []*asked // guarded by mu; those that were answered
+	// linger is how long after the API server a node may take to take a pod's
+	// network away.
+	linger   time.Duration
 	failed   atomic.Int64
 	unserved atomic.Int64 // closed without an answer
 	records  map[string]record
@@ -91,6 +94,9 @@ func TestChurn(t *testing.T) {
 	c := newChurn(open(t))
 	c.run(n, func(context.Context) {})
 	c.judge()
+	if _, named := c.loads(c.in, "named", c.began); named.OK == 0 {
+		t.Errorf("the caller of a1 was never answered: %+v", named)
+	}
 }
 
 // As TestChurn, while the news of which pod has which address come late: by turns
@@ -103,6 +109,7 @@ func TestChurnWatchDelayed(t *testing.T) {
 		n = 200
 	}
 	c := newChurn(open(t))
+	c.linger = 12 * time.Second // signet-cni waits for an agent that stands still
 	stop := func(program string, node int) {
 		host := c.cluster.Nodes()[node]
 		script := `for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = ` + program + ` ] && kill -%s ${p#/proc/}; done; true`
@@ -138,7 +145,7 @@ func TestChurnWatchDelayed(t *testing.T) {
 // newChurn starts those who stay, and then limits the addresses.
 func newChurn(b *bench) *churn {
 	b.Helper()
-	c := &churn{bench: b, in: b.namespace("enforce"), out: b.namespace(""), lives: map[string]*life{}, records: map[string]record{}, given: map[string][2]netip.Addr{}}
+	c := &churn{bench: b, in: b.namespace("enforce"), out: b.namespace(""), linger: time.Second, lives: map[string]*life{}, records: map[string]record{}, given: map[string][2]netip.Addr{}}
 	var docs strings.Builder
 	docs.WriteString(service(c.in, "keeper", "keeper") + allow(c.in, "keeper", "a0", "a1"))
 	for account, callers := range map[string][]string{"a0": {"green"}, "a1": {"green", "blue"}, "a2": {"blue"}} {
