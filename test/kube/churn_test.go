@@ -152,7 +152,7 @@ func newChurn(b *bench) *churn {
 		docs.WriteString(allow(c.in, account, callers...))
 	}
 	for i := range 4 {
-		docs.WriteString(fmt.Sprintf("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: a%d, namespace: %s}\n---\n", i, c.in))
+		fmt.Fprintf(&docs, "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: a%d, namespace: %s}\n---\n", i, c.in)
 		docs.WriteString(service(c.in, fmt.Sprintf("a%d", i), fmt.Sprintf("a%d", i)))
 	}
 	b.apply(docs.String())

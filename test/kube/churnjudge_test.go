@@ -23,12 +23,11 @@ func (c *churn) judge() {
 		if r.Start.Before(c.began) || !strings.HasPrefix(r.Source.Workload, c.in+"/") && !strings.HasPrefix(r.Destination.Workload, c.in+"/") {
 			continue
 		}
-		wrong := ""
+		look := c.atDestination
 		if r.Side == "source" {
-			wrong = c.atSource(&r)
-		} else {
-			wrong = c.atDestination(&r)
+			look = c.atSource
 		}
+		wrong := look(&r)
 		tally[r.Side+" "+r.Transport+" "+r.Verdict]++
 		if strings.Contains(r.Reason, "did not prove") {
 			tally["somebody else than wanted, and so not spoken to"]++
