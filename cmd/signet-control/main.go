@@ -114,6 +114,7 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		HealthListen: or(o.health, ":9440"),
 		Tokens:       kube.NewJoiner(client, o.namespace),
 		PlaceRoot:    kube.NewRoot(client, o.namespace, log).Place,
+		JWTKeys:      kube.NewJWTKeys(client, o.namespace),
 		JWTKeyLife:   o.jwtKeyLife,
 		Log:          log,
 	}
