@@ -256,5 +256,5 @@ func (a *agent) uid(workload string) string {
 }
 
 func svidState(s *nodeState) svid.State {
-	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, JWTKeys: s.jwtKeys, Workloads: s.workloads, TTL: s.ttl}
+	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, JWTKeys: s.jwtKeys, Workloads: s.workloads, TTL: s.ttl, Quarantined: s.model.Quarantined}
 }

@@ -29,6 +29,8 @@ type JWTIssuer interface {
 var (
 	// ErrNotHeld: the identity is not one of this node's workloads.
 	ErrNotHeld = errors.New("svid: no workload on this node has the identity")
+	// ErrQuarantined: the identity is cut off.
+	ErrQuarantined = errors.New("svid: the identity is quarantined")
 	// ErrTooMany: the identity asks for more tokens than it may.
 	ErrTooMany = errors.New("svid: the identity asks for too many tokens")
 )
@@ -123,6 +125,8 @@ func (m *Manager) heldToken(id spiffeid.ID, audience []string) (*JWT, *slot, *ho
 	switch {
 	case h == nil:
 		return nil, nil, nil, ErrNotHeld
+	case m.cutOff.has(id):
+		return nil, nil, nil, ErrQuarantined
 	case m.jwtIssuer == nil:
 		return nil, nil, nil, errors.New("svid: tokens are not issued here")
 	}
@@ -233,6 +237,24 @@ func (m *Manager) settleToken(h *holder, s *slot, next *JWT, err error) {
 	if bits.OnesCount(uint(s.failures)) == 1 {
 		m.log.Warn("obtaining a token failed", "id", h.id, "failures", s.failures, "remaining", remaining, "error", err)
 	}
+}
+
+// cutOff is State.Quarantined.
+type cutOff func(spiffeid.ID) (string, bool)
+
+func (f cutOff) has(id spiffeid.ID) bool {
+	if f == nil {
+		return false
+	}
+	_, cut := f(id)
+	return cut
+}
+
+// Quarantined reports whether an identity, of this node or another, is cut off.
+func (m *Manager) Quarantined(id spiffeid.ID) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.cutOff.has(id)
 }
 
 // JWTBundle returns the keys that verify the trust domain's tokens. It is

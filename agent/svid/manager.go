@@ -59,6 +59,8 @@ type State struct {
 	JWTKeys map[string]crypto.PublicKey
 	// Workloads are the node's enrolled workloads.
 	Workloads []mesh.Workload
+	// Quarantined names the quarantine that cuts an identity off. Nil: none is.
+	Quarantined func(spiffeid.ID) (quarantine string, cut bool)
 	// TTL is the lifetime the control plane now gives. Certificates that
 	// would outlive it are renewed when it has changed. Zero: not looked at.
 	TTL time.Duration
@@ -83,6 +85,7 @@ type Manager struct {
 	bundle     []*x509.Certificate     // guarded by mu; replaced whole, never edited
 	jwtKeys    *jwtbundle.Bundle       // guarded by mu; replaced whole, never edited
 	ttl        time.Duration           // guarded by mu
+	cutOff     cutOff                  // guarded by mu; nil: nobody is
 	known      bool                    // guarded by mu; Update was called
 	holders    map[spiffeid.ID]*holder // guarded by mu
 	nextExpiry time.Time               // guarded by mu; no certificate expires before; zero: none held
@@ -183,6 +186,7 @@ func (m *Manager) Update(s State) {
 	changed := !m.known || !sameRoots || m.td != s.TrustDomain || !jwtKeys.Equal(m.jwtKeys)
 	newTTL := s.TTL > 0 && s.TTL != m.ttl
 	m.known, m.td, m.bundle, m.ttl, m.jwtKeys = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL, jwtKeys
+	m.cutOff = s.Quarantined
 
 	for id := range m.holders {
 		if _, ok := wanted[id]; !ok {

@@ -167,6 +167,7 @@ type agent struct {
 	attestor *attest.Attestor
 	ready    atomic.Bool
 	perUID   int
+	cutOff   spiffeid.ID // quarantined
 	log      *logText
 
 	stopServer context.CancelFunc
@@ -265,7 +266,8 @@ func (a *agent) set(rules ...rule) {
 		a.issuer.set(func(i *issuer) { i.ids[w.Key()] = w.ID })
 	}
 	a.attestor.SetWorkloads(ws)
-	a.svids.Update(svid.State{TrustDomain: td, Bundle: []*x509.Certificate{a.issuer.root}, JWTKeys: a.issuer.jwtKeys(), Workloads: ws})
+	a.svids.Update(svid.State{TrustDomain: td, Bundle: []*x509.Certificate{a.issuer.root}, JWTKeys: a.issuer.jwtKeys(), Workloads: ws,
+		Quarantined: func(id spiffeid.ID) (string, bool) { return "cut", !a.cutOff.IsZero() && id == a.cutOff }})
 }
 
 func (a *agent) option() workloadapi.SourceOption {

@@ -117,6 +117,8 @@ func (s *Server) tokenError(ctx context.Context, p *attest.Process, id spiffeid.
 	switch {
 	case errors.As(err, &answer) && answer.GRPCStatus().Code() == codes.InvalidArgument: // the audience, as the authority sees it
 		return answer.GRPCStatus().Err()
+	case errors.Is(err, svid.ErrQuarantined):
+		return status.Errorf(codes.PermissionDenied, "%s is quarantined", id)
 	case errors.Is(err, svid.ErrTooMany):
 		return unavailable("%s has asked for too many tokens; keep those that are valid, and try again", id)
 	}
@@ -182,6 +184,11 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	token, err := jwtcheck.Validate(req.GetSvid(), req.GetAudience(), bundle)
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "svid: %v", err)
+	}
+	// A verifier knows nothing of a quarantine; the tokens from before it are
+	// good by themselves.
+	if s.svids.Quarantined(token.ID) {
+		return nil, status.Errorf(codes.InvalidArgument, "svid: sub: %s is quarantined", token.ID)
 	}
 	claims, err := structpb.NewStruct(token.Claims)
 	if err != nil {

@@ -320,3 +320,26 @@ func TestJWTRate(t *testing.T) {
 		t.Errorf("another identity: %v", err)
 	}
 }
+
+// An identity that is quarantined gets no token, not even one that is held, and
+// its tokens from before are not good any more, whoever asks.
+func TestJWTQuarantine(t *testing.T) {
+	web, db := rule{"web", "web", self(t)}, rule{"db", "db", self(t)}
+	a := startAgent(t, nil, web, db)
+	got, err := a.fetch("", "ledger")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.cutOff = sa("web")
+	a.set(web, db)
+	_, err = a.fetch(sa("web").String(), "ledger")
+	ends(t, err, codes.PermissionDenied, "quarantined")
+	_, err = a.validate(got.Svids[1].Svid, "ledger")
+	ends(t, err, codes.InvalidArgument, "quarantined")
+	if _, err := a.validate(got.Svids[0].Svid, "ledger"); err != nil {
+		t.Errorf("another identity: %v", err)
+	}
+	if _, err := a.fetch(sa("db").String(), "ledger"); err != nil {
+		t.Errorf("another identity: %v", err)
+	}
+}
