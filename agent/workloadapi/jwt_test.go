@@ -2,6 +2,7 @@ package workloadapi
 
 import (
 	"context"
+	"crypto"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -156,6 +157,42 @@ func TestJWTEntitlementIsLostMeanwhile(t *testing.T) {
 	a.attestor.SetWorkloads(nil)
 	close(goOn)
 	ends(t, <-result, codes.PermissionDenied, "no identity issued")
+}
+
+// The same when one of several identities is taken away.
+func TestJWTOneEntitlementIsLostMeanwhile(t *testing.T) {
+	a := startAgent(t, nil, rule{"web", "web", self(t)}, rule{"db", "db", self(t)})
+	asked, goOn := make(chan struct{}), make(chan struct{})
+	a.issuer.slow(func() { close(asked); <-goOn })
+	result := make(chan error, 1)
+	go func() {
+		_, err := a.fetch("", "ledger")
+		result <- err
+	}()
+	<-asked
+	a.attestor.SetWorkloads([]mesh.Workload{{Namespace: "default", Name: "db", ID: sa("db"), Attest: ptrTo(self(t))}})
+	close(goOn)
+	ends(t, <-result, codes.PermissionDenied, "taken away meanwhile")
+}
+
+// The same keys are the same bytes, or clients would be told of changes that are
+// none.
+func TestKeysAreSorted(t *testing.T) {
+	keys := map[string]crypto.PublicKey{}
+	for range 4 {
+		for id, key := range newIssuer(t).jwtKeys() {
+			keys[id] = key
+		}
+	}
+	first, err := marshalKeys(jwtbundle.FromJWTAuthorities(td, keys))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 30 {
+		if again, err := marshalKeys(jwtbundle.FromJWTAuthorities(td, keys)); err != nil || string(again) != string(first) {
+			t.Fatalf("%s and %s, %v", first, again, err)
+		}
+	}
 }
 
 // While the agent starts, and while the control plane is away, the answer is to
