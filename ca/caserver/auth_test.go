@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
@@ -270,4 +272,20 @@ func serveRaw(t *testing.T, w *world, config *tls.Config) {
 		server.Stop()
 		<-done
 	})
+}
+
+// Defends the log of who asked for what: a refusal by another service of the
+// same server, which does not know the node, is logged with its name.
+func TestRefusalsOfOtherServicesAreLogged(t *testing.T) {
+	w := newWorld(t, nil)
+	conn := w.conn(w.authority, certFor(t, w.authority, nodeID("one"), time.Hour))
+	stream, err := healthv1.NewHealthClient(conn).Watch(testContext(t), &healthv1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.Recv()
+	wantCode(t, err, codes.Unimplemented, "")
+	if want := "msg=refused call=/grpc.health.v1.Health/Watch node=one code=Unimplemented"; !strings.Contains(w.logged.String(), want) {
+		t.Errorf("%q is not in the log: %s", want, w.logged)
+	}
 }

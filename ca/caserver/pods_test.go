@@ -184,3 +184,27 @@ func TestReports(t *testing.T) {
 	_, err = one.Report(ctx, &nodev1.ReportRequest{Workloads: report})
 	wantCode(t, err, codes.InvalidArgument, "too long")
 }
+
+// Defends the status of pods against a node that speaks for another's: what it
+// says of them is not kept, and the log has it. Of a pod that is gone it may
+// speak, since it hears of that later.
+func TestReportForAnotherNode(t *testing.T) {
+	w := newWorld(t, nil)
+	w.feed.Set(podView("r1", "u1")) // on node one
+	report := []*nodev1.WorkloadReport{{Workload: "shop/web-1", Uid: "u1", Problem: "lies"}, {Workload: "shop/gone", Uid: "u0"}}
+	if _, err := w.asNode("two").Report(testContext(t), &nodev1.ReportRequest{Revision: "r1", Workloads: report}); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.server.Reports(); len(got) != 1 || len(got[0].Workloads) != 1 || got[0].Workloads[0].GetUid() != "u0" {
+		t.Errorf("kept %+v", got)
+	}
+	if !strings.Contains(w.logged.String(), "what is said of it is not kept") {
+		t.Errorf("not in the log: %s", w.logged)
+	}
+	if _, err := w.asNode("one").Report(testContext(t), &nodev1.ReportRequest{Revision: "r1", Workloads: report}); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.server.Reports(); len(got) != 2 || len(got[0].Workloads) != 2 {
+		t.Errorf("of its own node: kept %+v", got)
+	}
+}
