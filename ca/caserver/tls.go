@@ -85,6 +85,9 @@ func ClientTLS(cfg ClientConfig) (*tls.Config, error) {
 func verifyControl(certs []*x509.Certificate, bundle x509bundle.Source, want spiffeid.ID, now time.Time) error {
 	id, _, err := x509svid.Verify(certs, bundle, x509svid.WithTime(now))
 	if err != nil {
+		if len(certs) > 0 && now.Before(certs[0].NotBefore) {
+			return fmt.Errorf("control plane's certificate: %w; this node's clock may be behind, set it right", err)
+		}
 		return fmt.Errorf("control plane's certificate: %w", err)
 	}
 	if id != want {
