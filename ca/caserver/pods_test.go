@@ -208,3 +208,28 @@ func TestReportForAnotherNode(t *testing.T) {
 		t.Errorf("of its own node: kept %+v", got)
 	}
 }
+
+// Defends the reason when a node refuses good certificates, or is refused: that
+// its clock is not the control plane's is known before anybody asks.
+func TestClockOfNode(t *testing.T) {
+	w := newWorld(t, nil)
+	one := w.asNode("one")
+	for _, test := range []struct{ ahead, want time.Duration }{
+		{0, 0}, {clockTolerance, 0}, {10 * time.Minute, 10 * time.Minute}, {-10 * time.Minute, -10 * time.Minute}, {-clockTolerance, 0},
+	} {
+		if _, err := one.Report(testContext(t), &nodev1.ReportRequest{Clock: w.clock.now().Add(test.ahead).Unix()}); err != nil {
+			t.Fatal(err)
+		}
+		if got := w.server.Reports()[0].Clock; (got - test.want).Abs() > time.Second {
+			t.Errorf("a clock that is %s ahead counts as %s", test.ahead, got)
+		}
+	}
+	if _, err := one.Report(testContext(t), &nodev1.ReportRequest{}); err != nil || w.server.Reports()[0].Clock != 0 {
+		t.Errorf("an agent that does not say: %v, %s", err, w.server.Reports()[0].Clock)
+	}
+	for _, want := range []string{"a node's clock and the control plane's differ", "node_is_ahead=10m0s", "agrees with the control plane's again"} {
+		if !strings.Contains(w.logged.String(), want) {
+			t.Errorf("%q is not in the log: %s", want, w.logged)
+		}
+	}
+}

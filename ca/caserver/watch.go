@@ -108,11 +108,35 @@ func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1
 		}
 	}
 	own := s.ownReports(ctx, name, req.GetWorkloads())
+	off := s.clockOf(req)
 	s.mu.Lock()
 	n := s.nodeLocked(name)
-	n.revision, n.report, n.reported = req.GetRevision(), own, s.now()
+	was := n.clock
+	n.revision, n.report, n.reported, n.clock = req.GetRevision(), own, s.now(), off
 	s.mu.Unlock()
+	switch {
+	case was == 0 && off != 0:
+		s.log.WarnContext(ctx, "a node's clock and the control plane's differ; certificates are valid late or too short until the wrong one is set right", "node", name, "node_is_ahead", off)
+	case was != 0 && off == 0:
+		s.log.InfoContext(ctx, "a node's clock agrees with the control plane's again", "node", name)
+	}
 	return &nodev1.ReportResponse{}, nil
+}
+
+// clockTolerance is how far clocks may differ. A certificate is valid from a
+// little before it is made, which is for nodes that are behind.
+const clockTolerance = 10 * time.Second
+
+// clockOf returns how far a node's clock is ahead; zero within the tolerance.
+func (s *Server) clockOf(req *nodev1.ReportRequest) time.Duration {
+	if req.GetClock() == 0 {
+		return 0
+	}
+	off := time.Unix(req.GetClock(), 0).Sub(s.now().Truncate(time.Second))
+	if off.Abs() <= clockTolerance {
+		return 0
+	}
+	return off
 }
 
 // ownReports leaves out what is about a pod that runs on another node. A pod

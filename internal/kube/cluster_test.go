@@ -222,7 +222,7 @@ func testWatch(t *testing.T, c, as *Client) {
 	var revision atomic.Value
 	revision.Store("old")
 	reports := func() []caserver.NodeReport {
-		return []caserver.NodeReport{{Node: "one", Connected: true, Revision: revision.Load().(string), At: time.Now(), Workloads: []*nodev1.WorkloadReport{
+		return []caserver.NodeReport{{Node: "one", Connected: true, Clock: -10 * time.Minute, Revision: revision.Load().(string), At: time.Now(), Workloads: []*nodev1.WorkloadReport{
 			{Workload: "shop/web-1", Uid: string(p.UID)},
 			{Workload: "shop/web-2", Uid: string(second.UID), Problem: "its rules are gone"},
 		}}}
@@ -282,6 +282,15 @@ func testWatch(t *testing.T, c, as *Client) {
 			err = fmt.Errorf("events: %v", events.Items)
 		}
 		return err
+	})
+	eventually(t, 15*time.Second, func() error {
+		events, err := c.Core.CoreV1().Events("default").List(ctx, metav1.ListOptions{})
+		for _, e := range events.Items {
+			if of := e.InvolvedObject; of.Kind == "Node" && of.Name == "one" && e.Reason == "ClockOff" && strings.Contains(e.Message, "about 10m0s behind the control plane's") {
+				return err
+			}
+		}
+		return fmt.Errorf("no event of the node's clock: %v, %v", events.Items, err)
 	})
 	eventually(t, 5*time.Second, func() error {
 		m, err := c.Core.CoreV1().ConfigMaps(release).Get(ctx, bundleConfigMap, metav1.GetOptions{})

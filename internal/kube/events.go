@@ -19,13 +19,13 @@ const (
 	eventAgain = 10 * time.Minute // the same one of the same pod
 )
 
-// eventWriter tells a pod's owner why it is not in the mesh. One goroutine
-// uses it.
+// eventWriter tells a pod's owner why it is not in the mesh, and who looks
+// after a node what is wrong with it. One goroutine uses it.
 type eventWriter struct {
 	client  *Client
 	log     *slog.Logger
 	limiter *rate.Limiter
-	seen    map[string]*sighting // by pod UID
+	seen    map[string]*sighting // by the problem's UID
 }
 
 // sighting is a problem that lasts.
@@ -54,17 +54,23 @@ func (e *eventWriter) write(ctx context.Context, problems []problem, now time.Ti
 		}
 		s.told = now
 		at := metav1.NewTime(now)
-		_, err := e.client.Core.CoreV1().Events(p.namespace).Create(ctx, &corev1.Event{
-			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", p.name, now.UnixNano()), Namespace: p.namespace},
-			InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: p.name, UID: types.UID(p.uid)},
-			Reason:         "NotEnrolled",
-			Message:        "not in the mesh: " + short(p.text),
+		of := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: p.name, UID: types.UID(p.uid)}
+		namespace, reason, message := p.namespace, "NotEnrolled", "not in the mesh: "+short(p.text)
+		if p.name == "" { // as kubelet does it for nodes
+			of = corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: p.node, UID: types.UID(p.node)}
+			namespace, reason, message = metav1.NamespaceDefault, "ClockOff", short(p.text)
+		}
+		_, err := e.client.Core.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
+			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", of.Name, now.UnixNano()), Namespace: namespace},
+			InvolvedObject: of,
+			Reason:         reason,
+			Message:        message,
 			Type:           corev1.EventTypeWarning,
 			Source:         corev1.EventSource{Component: fieldManager, Host: p.node},
 			FirstTimestamp: at, LastTimestamp: at, Count: 1,
 		}, metav1.CreateOptions{})
 		if err != nil && ctx.Err() == nil {
-			e.log.WarnContext(ctx, "an event could not be written", "pod", p.namespace+"/"+p.name, "error", err)
+			e.log.WarnContext(ctx, "an event could not be written", "object", of.Kind+" "+namespace+"/"+of.Name, "error", err)
 		}
 	}
 	for uid := range e.seen {

@@ -25,9 +25,23 @@ type picture struct {
 // count is how many pods of a namespace there are and are in the mesh.
 type count struct{ pods, enrolled int }
 
-// problem keeps one pod out of the mesh.
+// problem keeps one pod out of the mesh, or, without a pod's name, is one of a
+// whole node.
 type problem struct {
 	namespace, name, uid, node, text string
+}
+
+// clockProblem is that of a node whose clock and the control plane's differ.
+func clockProblem(node string, ahead time.Duration) problem {
+	than, precise := "ahead of", 10*time.Second
+	if ahead < 0 {
+		than = "behind"
+	}
+	if ahead.Abs() > 2*time.Minute {
+		precise = time.Minute // so that the text stays the same
+	}
+	return problem{uid: "clock of " + node, node: node, text: fmt.Sprintf("the node's clock is about %s %s the control plane's; set the one that is wrong right. "+
+		"Until then new certificates may be refused; nothing is opened", ahead.Abs().Round(precise), than)}
 }
 
 func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *picture {
@@ -38,6 +52,9 @@ func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *p
 	for _, r := range reports {
 		if !r.Connected || now.Sub(r.At) > fresh {
 			continue
+		}
+		if r.Clock != 0 {
+			p.problems = append(p.problems, clockProblem(r.Node, r.Clock))
 		}
 		acting[r.Node] = r.Revision == snap.view.Revision
 		revision[r.Node] = r.Revision

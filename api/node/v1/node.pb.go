@@ -331,7 +331,9 @@ type ReportRequest struct {
 	// The newest revision that the node's proxy has taken in full.
 	Revision string `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Every enrolled workload of the node, as the agent last saw it.
-	Workloads     []*WorkloadReport `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	Workloads []*WorkloadReport `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	// What the node's clock says, in seconds since 1970; 0: it does not say.
+	Clock         int64 `protobuf:"varint,3,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -378,6 +380,13 @@ func (x *ReportRequest) GetWorkloads() []*WorkloadReport {
 		return x.Workloads
 	}
 	return nil
+}
+
+func (x *ReportRequest) GetClock() int64 {
+	if x != nil {
+		return x.Clock
+	}
+	return 0
 }
 
 type WorkloadReport struct {
@@ -1003,10 +1012,11 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\rIssueResponse\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\"*\n" +
 	"\fWatchRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\tR\brevision\"i\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\"\x7f\n" +
 	"\rReportRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12<\n" +
-	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\"X\n" +
+	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\x12\x14\n" +
+	"\x05clock\x18\x03 \x01(\x03R\x05clock\"X\n" +
 	"\x0eWorkloadReport\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
