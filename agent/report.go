@@ -53,7 +53,7 @@ func (a *agent) report(ctx context.Context) {
 	problems := a.problems(s, connected)
 	for i := range s.workloads {
 		w := &s.workloads[i]
-		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: bounded(problems[w.Key()])})
+		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: bounded(problems[w.Key()]), Repaired: a.rules.repairedSince(w.UID, time.Now().Add(-tellRepairs))})
 	}
 	if proto.Equal(m, last.message) && time.Since(last.at) < reportEvery {
 		return
@@ -72,6 +72,21 @@ func (a *agent) report(ctx context.Context) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.reported = reported{at: time.Now(), revision: m.GetRevision(), message: said}
+}
+
+// tellRepairs is how long the control plane is told of a repair.
+const tellRepairs = 30 * time.Second
+
+// repairedSince reports whether a pod's rules were written again since then. What
+// is older is forgotten.
+func (c *capturing) repairedSince(uid string, since time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.repaired[uid].After(since) {
+		return true
+	}
+	delete(c.repaired, uid)
+	return false
 }
 
 // bounded fits what the control plane takes of one problem.

@@ -25,7 +25,7 @@ type eventWriter struct {
 	client  *Client
 	log     *slog.Logger
 	limiter *rate.Limiter
-	seen    map[string]*sighting // by the problem's UID
+	seen    map[string]*sighting // by the object's UID and the reason
 }
 
 // sighting is a problem that lasts.
@@ -43,11 +43,12 @@ func newEventWriter(client *Client, log *slog.Logger) eventWriter {
 func (e *eventWriter) write(ctx context.Context, problems []problem, now time.Time) {
 	there := set{}
 	for _, p := range problems {
-		there.add(p.uid)
-		s := e.seen[p.uid]
+		key := p.uid + " " + p.reason
+		there.add(key)
+		s := e.seen[key]
 		if s == nil || s.text != p.text {
 			s = &sighting{text: p.text, since: now}
-			e.seen[p.uid] = s
+			e.seen[key] = s
 		}
 		if now.Sub(s.since) < eventAfter || !s.told.IsZero() && now.Sub(s.told) < eventAgain || !e.limiter.AllowN(now, 1) {
 			continue
@@ -55,15 +56,18 @@ func (e *eventWriter) write(ctx context.Context, problems []problem, now time.Ti
 		s.told = now
 		at := metav1.NewTime(now)
 		of := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: p.name, UID: types.UID(p.uid)}
-		namespace, reason, message := p.namespace, "NotEnrolled", "not in the mesh: "+short(p.text)
+		namespace, message := p.namespace, short(p.text)
+		if p.reason == notEnrolled {
+			message = "not in the mesh: " + message
+		}
 		if p.name == "" { // as kubelet does it for nodes
 			of = corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: p.node, UID: types.UID(p.node)}
-			namespace, reason, message = metav1.NamespaceDefault, "ClockOff", short(p.text)
+			namespace = metav1.NamespaceDefault
 		}
 		_, err := e.client.Core.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
 			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", of.Name, now.UnixNano()), Namespace: namespace},
 			InvolvedObject: of,
-			Reason:         reason,
+			Reason:         p.reason,
 			Message:        message,
 			Type:           corev1.EventTypeWarning,
 			Source:         corev1.EventSource{Component: fieldManager, Host: p.node},
@@ -73,9 +77,9 @@ func (e *eventWriter) write(ctx context.Context, problems []problem, now time.Ti
 			e.log.WarnContext(ctx, "an event could not be written", "object", of.Kind+" "+namespace+"/"+of.Name, "error", err)
 		}
 	}
-	for uid := range e.seen {
-		if _, ok := there[uid]; !ok {
-			delete(e.seen, uid)
+	for key := range e.seen {
+		if _, ok := there[key]; !ok {
+			delete(e.seen, key)
 		}
 	}
 }

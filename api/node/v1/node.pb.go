@@ -395,7 +395,10 @@ type WorkloadReport struct {
 	Uid      string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
 	// What is wrong; empty: its capture and the proxy's listeners have just
 	// been looked at, and are in place.
-	Problem       string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	Problem string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	// Its packet filter rules were changed by somebody else, and were written
+	// again, within the last half minute.
+	Repaired      bool `protobuf:"varint,4,opt,name=repaired,proto3" json:"repaired,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -449,6 +452,13 @@ func (x *WorkloadReport) GetProblem() string {
 		return x.Problem
 	}
 	return ""
+}
+
+func (x *WorkloadReport) GetRepaired() bool {
+	if x != nil {
+		return x.Repaired
+	}
+	return false
 }
 
 type ReportResponse struct {
@@ -1016,11 +1026,12 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\rReportRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12<\n" +
 	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\x12\x14\n" +
-	"\x05clock\x18\x03 \x01(\x03R\x05clock\"X\n" +
+	"\x05clock\x18\x03 \x01(\x03R\x05clock\"t\n" +
 	"\x0eWorkloadReport\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
-	"\aproblem\x18\x03 \x01(\tR\aproblem\"\x10\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
+	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
 	"\x0eReportResponse\"\xce\x03\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
