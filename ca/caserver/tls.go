@@ -31,6 +31,9 @@ func (s *Server) TLSConfig() *tls.Config {
 			}
 			_, _, err := x509svid.Verify(state.PeerCertificates, s.authority, x509svid.WithTime(s.now()))
 			if err != nil {
+				if leaf := state.PeerCertificates[0]; s.now().Before(leaf.NotBefore) {
+					err = fmt.Errorf("%w; this machine's clock is behind, or was ahead when it issued the certificate: set it right", err)
+				}
 				s.log.Warn("refused a TLS client", "reason", err)
 			}
 			return err
