@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/yaml"
 )
@@ -62,8 +61,16 @@ func (f *field) closed() {
 	}
 }
 
-// intact checks that, and that who may was never refused or cut.
+// intact checks that, that who may was never refused or cut, and that all are
+// enrolled.
 func (f *field) intact() {
+	f.Helper()
+	f.undisturbed()
+	f.waitStatus(f.in, "enforce: 4 of 4 pods enrolled")
+}
+
+// undisturbed is the same without the last.
+func (f *field) undisturbed() {
 	f.Helper()
 	f.closed()
 	for _, who := range []string{"near", "far"} {
@@ -73,7 +80,6 @@ func (f *field) intact() {
 		}
 		f.Logf("%s: %d calls passed, %d failed, %d streams live", who, c.OK, c.Failed, c.Streams)
 	}
-	f.waitStatus(f.in, "enforce: 4 of 4 pods enrolled")
 }
 
 // condition waits for a condition of an object, and returns its message.
@@ -238,186 +244,4 @@ func withoutRules(v any) any {
 		}
 	}
 	return v
-}
-
-// An annotation with a value that is no mode, and a pod that opts out where it
-// may not: the API server refuses both; where its admission policies are
-// missing, the one is taken as enforce, and said so, and the other is not
-// followed.
-func TestContradictionAnnotations(t *testing.T) {
-	b := open(t)
-	f := b.field()
-	odd := b.namespace("")
-	sly := &pod{namespace: f.in, name: "sly", node: "node1", args: []string{"serve"}}
-	slyDocument := strings.Replace(sly.yaml(), "metadata: {", "metadata: {annotations: {signet.dev/mesh: 'off'}, ", 1)
-	b.eventually(20*time.Second, func() string { // it may be as young as the release
-		out, err := b.try("annotate", "--overwrite", "namespace", odd, "signet.dev/mesh=enforced")
-		if err == nil || !strings.Contains(out, `annotation signet.dev/mesh is "enforced"; use enforce, observe or off`) {
-			return fmt.Sprintf("%v: %s", err, out)
-		}
-		return ""
-	})
-	b.apiRefuses(slyDocument, "a pod may opt out only where its namespace has the annotation")
-	b.apiRefuses(strings.Replace(slyDocument, "'off'", "'observe'", 1), "on a pod can only be off")
-	if out, err := b.try("annotate", "--overwrite", "namespace", odd, "signet.dev/status=enforce: 9 of 9 pods enrolled"); err == nil {
-		t.Errorf("a status of somebody else: %s", out)
-	}
-
-	b.kubectl("delete", "validatingadmissionpolicybinding", "signet-namespaces", "signet-pods")
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
-		defer cancel()
-		if out, err := b.command(ctx, "kubectl", "apply", "-f", b.manifests).CombinedOutput(); err != nil {
-			t.Errorf("%v: %s", err, out)
-		}
-	})
-	b.startPods(&pod{namespace: odd, name: "victim", node: "node1", args: []string{"serve"}})
-	b.eventually(20*time.Second, func() string {
-		if out, err := b.try("annotate", "--overwrite", "namespace", odd, "signet.dev/mesh=enforced"); err != nil {
-			return out
-		}
-		return ""
-	})
-	b.waitStatus(odd, `enforce: 1 of 1 pods enrolled; "enforced" is no mode (enforce, observe or off) and is taken as enforce`)
-	b.refused(f.out, "stranger", b.ip(odd, "victim")+":8080")
-
-	b.apply(slyDocument)
-	b.kubectl("-n", f.in, "wait", "pod", "sly", "--for=condition=Ready", "--timeout=2m")
-	b.waitStatus(f.in, "enforce: 5 of 5 pods enrolled")
-	b.refused(f.out, "stranger", b.ip(f.in, "sly")+":8080")
-	b.kubectl("-n", f.in, "delete", "pod", "sly")
-	f.intact()
-}
-
-// Overlaps: policies add up, and taking one away takes away what it alone
-// granted; a quarantine wins over all policies, and stays while another one,
-// that overlaps it, is deleted.
-func TestContradictionOverlaps(t *testing.T) {
-	b := open(t)
-	f := b.field()
-	denied := func(by string, port string) {
-		t.Helper()
-		b.refused(f.in, by, f.server+":"+port)
-	}
-	served := func(by string, port string) {
-		t.Helper()
-		b.served(f.in, by, f.server+":"+port, "server")
-	}
-	b.startPods(&pod{namespace: f.in, name: "late", account: "late", node: "node2", args: []string{"hold"}})
-	// The account on one port, the whole namespace on another, and the same
-	// again by another name.
-	b.apply(policyOf(f.in, "one", `{target: {serviceAccount: server}, ports: [8080], from: [{serviceAccount: late}]}`) +
-		policyOf(f.in, "two", `{ports: [8080, 8082], from: [{serviceAccount: late}]}`) +
-		policyOf(f.in, "three", `{target: {serviceAccount: nobody}, from: [{namespace: `+f.in+`}]}`) +
-		policyOf(f.out, "elsewhere", `{target: {serviceAccount: server}, from: [{serviceAccount: `+f.in+`/denied}]}`))
-	served("late", "8080")
-	denied("late", "8081")
-	b.condition("allowpolicy", f.out, "elsewhere", "Accepted", "True") // for accounts of its own namespace
-	b.kubectl("-n", f.in, "delete", "allowpolicy", "one")
-	time.Sleep(2 * time.Second)
-	served("late", "8080") // by the other
-	b.kubectl("-n", f.in, "delete", "allowpolicy", "two")
-	denied("late", "8080")
-
-	quarantine := func(name, spec string) {
-		t.Helper()
-		b.apply(fmt.Sprintf("apiVersion: signet.dev/v1alpha1\nkind: Quarantine\nmetadata: {name: %s}\nspec: %s\n", name, spec))
-		t.Cleanup(func() {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
-			defer cancel()
-			if out, err := b.command(ctx, "kubectl", "delete", "--ignore-not-found", "quarantine", name).CombinedOutput(); err != nil {
-				t.Errorf("%v: %s", err, out)
-			}
-		})
-	}
-	b.apply(policyOf(f.in, "four", `{target: {serviceAccount: server}, from: [{serviceAccount: late}]}`))
-	served("late", "8080")
-	quarantine("cut-account", `{reason: test, serviceAccounts: [`+f.in+`/late]}`)
-	quarantine("cut-pattern", `{reason: test, identities: ["spiffe://`+trustDomain+`/ns/`+f.in+`/sa/late", "spiffe://`+trustDomain+`/ns/*/sa/late"]}`)
-	denied("late", "8080")
-	b.condition("quarantine", "", "cut-account", "Accepted", "True")
-	b.condition("quarantine", "", "cut-pattern", "Accepted", "True")
-	b.condition("allowpolicy", f.in, "four", "Accepted", "True")
-	b.kubectl("delete", "quarantine", "cut-account")
-	time.Sleep(3 * time.Second)
-	denied("late", "8080")
-	b.mode(f.in, "observe")
-	time.Sleep(3 * time.Second)
-	denied("late", "8080") // there too
-	b.mode(f.in, "enforce")
-	b.kubectl("delete", "quarantine", "cut-pattern")
-	served("late", "8080")
-	b.kubectl("-n", f.in, "delete", "pod", "late")
-	b.waitStatus(f.in, "enforce: 4 of 4 pods enrolled")
-	// In observe the others were let in, as it says; from here on they are not.
-	f.began = time.Now().Add(time.Second)
-	time.Sleep(4 * time.Second)
-	f.closed()
-}
-
-// A MeshConfig of another trust domain: an edit is refused by the API server;
-// one that was deleted and made again has a condition, and changes nothing. A
-// control plane that starts with it does not serve, and says why.
-func TestContradictionMeshConfig(t *testing.T) {
-	b := open(t)
-	f := b.field()
-	const other = "apiVersion: signet.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: mesh}\nspec: {trustDomain: other.example, svidTTL: 1h}\n"
-	b.apiRefuses(other, "a trust domain cannot be edited")
-	b.apiRefuses(strings.Replace(other, "name: mesh", "name: second", 1), "there is exactly one MeshConfig")
-	restored := false
-	restore := func() {
-		if restored {
-			return
-		}
-		restored = true
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute)
-		defer cancel()
-		for _, args := range [][]string{
-			{"delete", "--ignore-not-found", "meshconfig", "mesh"}, {"apply", "-f", b.manifests},
-			{"-n", system, "delete", "pods", "-l", "app.kubernetes.io/name=signet-control"},
-			{"-n", system, "rollout", "status", "deployment/signet-control", "--timeout=2m"},
-		} {
-			if out, err := b.command(ctx, "kubectl", args...).CombinedOutput(); err != nil {
-				t.Errorf("kubectl %q: %v: %s", args, err, out)
-			}
-		}
-	}
-	t.Cleanup(restore)
-	b.kubectl("delete", "meshconfig", "mesh")
-	time.Sleep(2 * time.Second)
-	b.apply(other)
-	message := b.condition("meshconfig", "", "mesh", "Accepted", "False")
-	if !strings.Contains(message, `the mesh runs as "mesh.example"; a trust domain cannot be edited`) {
-		t.Errorf("condition: %q", message)
-	}
-	t.Logf("MeshConfig: Accepted=False: %s", message)
-	b.served(f.in, "far", f.address, "server")
-
-	b.kubectl("-n", system, "delete", "pods", "-l", "app.kubernetes.io/name=signet-control")
-	began := time.Now()
-	b.eventually(time.Minute, func() string {
-		pods, err := b.client.CoreV1().Pods(system).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=signet-control"})
-		if err != nil || len(pods.Items) != 1 || len(pods.Items[0].Status.ContainerStatuses) != 1 {
-			return fmt.Sprintf("%v: control plane not restarted", err)
-		}
-		name, s := pods.Items[0].Name, pods.Items[0].Status.ContainerStatuses[0]
-		if s.Ready {
-			return "the control plane serves the other trust domain"
-		}
-		for _, args := range [][]string{{"logs", name}, {"logs", name, "--previous"}} {
-			out, err := b.try(append([]string{"-n", system}, args...)...)
-			if err == nil && strings.Contains(out, "other.example") && strings.Contains(out, "mesh.example") {
-				t.Logf("a control plane that starts with it: %s", strings.TrimSpace(out))
-				return ""
-			}
-		}
-		return "the log does not say why it does not serve"
-	})
-	t.Logf("said after %s", time.Since(began).Round(time.Second))
-	time.Sleep(5 * time.Second)
-	b.served(f.in, "far", f.address, "server")
-	b.refused(f.in, "denied", f.address)
-	restore()
-	b.ready()
-	f.intact()
 }
