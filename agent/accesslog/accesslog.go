@@ -273,7 +273,12 @@ func handshake(l *line, e *audit.Event) {
 	r.Source = audit.Party{ID: l.Peer, Address: l.Src}
 	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst}
 	r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: "+l.Failure
-	if strings.Contains(l.Failure, "system_library") && !strings.Contains(l.Failure, "CERTIFICATE") {
+	switch {
+	case strings.Contains(l.Failure, "_ALERT_CERTIFICATE_UNKNOWN"):
+		// The alert is the caller's, for whom this certificate is not that of
+		// whoever it wanted: the address had another workload before.
+		r.Verdict, r.Reason = audit.Failed, "the caller did not want this destination: it ended the handshake over the certificate that it was shown: "+l.Failure
+	case strings.Contains(l.Failure, "system_library") && !strings.Contains(l.Failure, "CERTIFICATE"):
 		// Nobody was judged: a caller that ends, for one, takes its handshakes along.
 		r.Verdict, r.Reason = audit.Failed, "the connection broke in the handshake: "+l.Failure
 	}

@@ -73,7 +73,9 @@ func TestDecode(t *testing.T) {
 		"handshake-of-a-tunnel":         {}, // its streams are the records
 		"handshake-without-certificate": {true, audit.Destination, audit.Denied, "mtls", "", "", "", "peer_did_not_provide_required_client_certificate", 0, 0, ""},
 		"handshake-broken":              {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
-		"handshake-no-tls":              {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},
+		// A caller that wanted somebody else at this address has not been refused.
+		"handshake-ended-by-caller": {true, audit.Destination, audit.Failed, "mtls", "", "", "", "the caller did not want this destination", 0, 0, ""},
+		"handshake-no-tls":          {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},
 	}
 	for name, line := range lines(t) {
 		t.Run(name, func(t *testing.T) {
