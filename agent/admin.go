@@ -62,6 +62,7 @@ func (a *agent) status() adminv1.AgentStatus {
 // when they were last looked at; "" if nothing was.
 func (a *agent) problems(s *nodeState, connected bool) map[string]string {
 	out := map[string]string{}
+	lacking := a.svids.Missing()
 	a.rules.mu.Lock()
 	defer a.rules.mu.Unlock()
 	for i := range s.workloads {
@@ -77,10 +78,22 @@ func (a *agent) problems(s *nodeState, connected bool) map[string]string {
 			problem = "the proxy is not connected, or has not been looked at yet"
 		case problem == "":
 			problem = a.probes.wrong(w)
+			if why, lacks := lacking[w.ID]; lacks && problem == "" {
+				problem = uncertified(why)
+			}
 		}
 		out[w.Key()] = problem
 	}
 	return out
+}
+
+// uncertified is the problem of a pod that is captured, but has no valid
+// certificate: it reaches nobody, and nobody reaches it.
+func uncertified(why string) string {
+	if why == "" {
+		return "captured, but it has no certificate yet"
+	}
+	return "captured, but it has no valid certificate: " + why
 }
 
 func (a *agent) certificates() []adminv1.Certificate {

@@ -20,6 +20,7 @@ import (
 	"github.com/signet-mesh/signet/agent/accesslog"
 	"github.com/signet-mesh/signet/agent/attest"
 	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/agent/relay"
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/agent/workloadapi"
@@ -122,7 +123,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), ipv6: hasIPv6(), poke: make(chan struct{}, 1)}
-	a.rules.applied = map[string]ruled{}
+	a.rules.applied, a.rules.originals, a.rules.repaired = map[string]ruled{}, map[string]capture.Originals{}, map[string]time.Time{}
 	if cfg.Pods != nil {
 		if a.pods, err = openPods(cfg.RunDir, cfg.Log); err != nil {
 			return err

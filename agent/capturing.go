@@ -30,11 +30,14 @@ type capturing struct {
 	target *nodeState // guarded by work; the state that rules are written by
 
 	mu      sync.Mutex
-	applied map[string]ruled  // guarded by mu; namespaces with our rules
-	seen    map[string]string // guarded by mu; workload -> problem, "" is captured
-	pods    map[string]sight  // guarded by mu; the same by pod UID
-	proxy   uint64            // guarded by mu; the relay's generation when that was seen
-	looked  *nodeState        // guarded by mu; what was compared with then
+	applied map[string]ruled // guarded by mu; namespaces with our rules
+	// originals are the settings from before in these namespaces.
+	originals map[string]capture.Originals // guarded by mu
+	repaired  map[string]time.Time         // guarded by mu; by pod UID; when rules that somebody changed were written again
+	seen      map[string]string            // guarded by mu; workload -> problem, "" is captured
+	pods      map[string]sight             // guarded by mu; the same by pod UID
+	proxy     uint64                       // guarded by mu; the relay's generation when that was seen
+	looked    *nodeState                   // guarded by mu; what was compared with then
 }
 
 // ruleState is which of our rules a namespace has.
@@ -239,6 +242,7 @@ func (a *agent) letGo(s *nodeState) (left bool) {
 		default:
 			a.log.Info("network namespace released", "netns", netns)
 			delete(a.rules.applied, netns)
+			delete(a.rules.originals, netns)
 		}
 	}
 	return left
@@ -322,14 +326,21 @@ func (a *agent) hold(s *nodeState, w *mesh.Workload) string {
 	_, caller := s.model.Quarantined(w.ID)
 	_, target := s.model.QuarantinedTarget(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})
 	now := ruled{state: captures, home: w.Namespace, keepsOpen: s.modes[w.Namespace] == mesh.ModeObserve && !caller && !target}
-	o := capture.Options{Probes: w.Capture.Probes, KeepOpen: now.keepsOpen}
+	a.rules.mu.Lock()
+	originals, known := a.rules.originals[netns]
+	a.rules.mu.Unlock()
+	o := capture.Options{Probes: w.Capture.Probes, KeepOpen: now.keepsOpen, Originals: originals}
 	err := capture.Verify(netns, o)
+	known = known && err == nil
 	if err != nil {
 		a.rules.mu.Lock()
 		again := a.rules.applied[netns] == now
 		a.rules.mu.Unlock()
 		if again {
 			a.log.Warn("capture rules were not in place and are repaired", "netns", netns, "found", err)
+			a.rules.mu.Lock()
+			a.rules.repaired[w.UID] = time.Now()
+			a.rules.mu.Unlock()
 		}
 		if err := capture.Apply(netns, o); err != nil {
 			return "capture rules: " + err.Error()
@@ -346,8 +357,13 @@ func (a *agent) hold(s *nodeState, w *mesh.Workload) string {
 			}
 		}
 	}
+	if !known {
+		if originals, err = capture.OriginalsOf(netns); err != nil {
+			a.log.Warn("the settings from before the capture could not be read", "netns", netns, "error", err)
+		}
+	}
 	a.rules.mu.Lock()
-	a.rules.applied[netns] = now
+	a.rules.applied[netns], a.rules.originals[netns] = now, originals
 	a.rules.mu.Unlock()
 	return ""
 }

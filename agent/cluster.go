@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -28,7 +29,7 @@ func (a *agent) servePods(ctx context.Context, g *errgroup.Group) error {
 	if address := a.cfg.Pods.Admin; address != "" {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
-			return err
+			return fmt.Errorf("%w; does another agent run on this node?", err)
 		}
 		g.Go(func() error {
 			return adminserver.ServeTLS(ctx, l, a.admin(), adminserver.TLS{
@@ -39,7 +40,7 @@ func (a *agent) servePods(ctx context.Context, g *errgroup.Group) error {
 	if address := a.cfg.Pods.Health; address != "" {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
-			return err
+			return fmt.Errorf("%w; does another agent run on this node?", err)
 		}
 		g.Go(func() error { return adminserver.Serve(ctx, l, a.health()) })
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -52,13 +53,16 @@ func (a *agent) report(ctx context.Context) {
 	problems := a.problems(s, connected)
 	for i := range s.workloads {
 		w := &s.workloads[i]
-		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: problems[w.Key()]})
+		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: bounded(problems[w.Key()]), Repaired: a.rules.repairedSince(w.UID, time.Now().Add(-tellRepairs))})
 	}
 	if proto.Equal(m, last.message) && time.Since(last.at) < reportEvery {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
+	said := m
+	m = proto.CloneOf(m)
+	m.Clock = time.Now().Unix() // no change by itself
 	if _, err := a.client.Report(ctx, m); err != nil {
 		if ctx.Err() == nil {
 			a.log.Warn("reporting to the control plane", "error", err)
@@ -67,7 +71,31 @@ func (a *agent) report(ctx context.Context) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.reported = reported{at: time.Now(), revision: m.GetRevision(), message: m}
+	a.reported = reported{at: time.Now(), revision: m.GetRevision(), message: said}
+}
+
+// tellRepairs is how long the control plane is told of a repair.
+const tellRepairs = 30 * time.Second
+
+// repairedSince reports whether a pod's rules were written again since then. What
+// is older is forgotten.
+func (c *capturing) repairedSince(uid string, since time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.repaired[uid].After(since) {
+		return true
+	}
+	delete(c.repaired, uid)
+	return false
+}
+
+// bounded fits what the control plane takes of one problem.
+func bounded(problem string) string {
+	const most = 1000
+	if len(problem) > most {
+		return strings.ToValidUTF8(problem[:most], "") + " ..."
+	}
+	return problem
 }
 
 func (a *agent) reportedRevision() string {

@@ -144,9 +144,19 @@ func (c *compiler) peer(p v1alpha1.Peer) (Pattern, string, error) {
 		pattern, err := wholeNamespace(c.td, p.Namespace)
 		return pattern, ".namespace", err
 	default:
-		pattern, err := ParsePattern(p.SPIFFEID)
+		pattern, err := ownPattern(c.td, p.SPIFFEID)
 		return pattern, ".spiffeID", err
 	}
+}
+
+// ownPattern reads a pattern of identities of the trust domain. One of another
+// can match nobody: only certificates of the mesh's own authority are taken.
+func ownPattern(td spiffeid.TrustDomain, s string) (Pattern, error) {
+	pattern, err := ParsePattern(s)
+	if err == nil && pattern.td != td {
+		return Pattern{}, fmt.Errorf("SPIFFE ID pattern %q is of trust domain %q, and nobody of that is known here; this mesh is %q, write spiffe://%s%s", s, pattern.td.Name(), td.Name(), td.Name(), pattern.path)
+	}
+	return pattern, err
 }
 
 // serviceAccount reads "name" or "namespace/name".

@@ -26,7 +26,7 @@ func TestCompile(t *testing.T) {
 			v1alpha1.Peer{ServiceAccount: "client"},
 			v1alpha1.Peer{ServiceAccount: "ops/backup.v2"},
 			v1alpha1.Peer{Namespace: "mon"},
-			v1alpha1.Peer{SPIFFEID: "spiffe://other/host/*"}),
+			v1alpha1.Peer{SPIFFEID: "spiffe://td/host/*"}),
 		allowPolicy("shop", "a", "", nil, v1alpha1.Peer{Namespace: "shop"}),
 	})
 	if len(diagnostics) != 0 {
@@ -38,7 +38,7 @@ func TestCompile(t *testing.T) {
 	}
 	want := []string{
 		"shop/a  all: spiffe://td/ns/shop/sa/*",
-		"shop/b web 80, 443: spiffe://other/host/*, spiffe://td/ns/mon/sa/*, spiffe://td/ns/ops/sa/backup.v2, spiffe://td/ns/shop/sa/client",
+		"shop/b web 80, 443: spiffe://td/host/*, spiffe://td/ns/mon/sa/*, spiffe://td/ns/ops/sa/backup.v2, spiffe://td/ns/shop/sa/client",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
@@ -61,6 +61,8 @@ func TestCompileInvalidGrantsNothing(t *testing.T) {
 		{peer(v1alpha1.Peer{ServiceAccount: "a", Namespace: "b", SPIFFEID: "c"}), "spec.from[1]", "has 3 fields set"},
 		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td/we*"}), "spec.from[1].spiffeID", "mixes *"},
 		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://*/x"}), "spec.from[1].spiffeID", "trust domain"},
+		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td2/ns/a/sa/b"}), "spec.from[1].spiffeID", `of trust domain "td2", and nobody of that is known here; this mesh is "td", write spiffe://td/ns/a/sa/b`},
+		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td.evil/ns/a/sa/*"}), "spec.from[1].spiffeID", `this mesh is "td"`},
 		{peer(v1alpha1.Peer{Namespace: "*"}), "spec.from[1].namespace", "no valid name"},
 		{peer(v1alpha1.Peer{Namespace: "a.b"}), "spec.from[1].namespace", "holds a dot"},
 		{peer(v1alpha1.Peer{Namespace: "a/sa/x"}), "spec.from[1].namespace", "no valid name"},

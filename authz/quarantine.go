@@ -190,11 +190,14 @@ func (c *quarantineCompiler) nodes() {
 
 func (c *quarantineCompiler) identities() {
 	spec := &c.doc.Spec
-	c.each("spec.identities", spec.Identities, ParsePattern)
-	if c.td.IsZero() && len(spec.ServiceAccounts)+len(spec.Namespaces) > 0 {
-		c.fault("spec", "serviceAccounts and namespaces cannot be read without a trust domain")
+	if c.td.IsZero() {
+		c.each("spec.identities", spec.Identities, ParsePattern)
+		if len(spec.ServiceAccounts)+len(spec.Namespaces) > 0 {
+			c.fault("spec", "serviceAccounts and namespaces cannot be read without a trust domain")
+		}
 		return
 	}
+	c.each("spec.identities", spec.Identities, func(s string) (Pattern, error) { return ownPattern(c.td, s) })
 	c.each("spec.serviceAccounts", spec.ServiceAccounts, func(s string) (Pattern, error) {
 		if !strings.Contains(s, "/") {
 			return Pattern{}, fmt.Errorf("%q names no namespace; write namespace/name", s)

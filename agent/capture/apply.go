@@ -40,7 +40,7 @@ func (n *NS) Apply(o Options) error {
 		return err
 	}
 	if saved == nil {
-		saved = now
+		saved = o.Originals.before(now)
 	}
 	if err := n.writeRules(ruleset(o), saved); err != nil {
 		return err

@@ -102,6 +102,9 @@ type Options struct {
 	// namespaces that only observe. Without it again, what bypasses the proxy
 	// breaks as after every Apply.
 	KeepOpen bool
+	// Originals are what Remove restores when somebody has deleted the rules,
+	// and the settings from before with them.
+	Originals Originals
 }
 
 func (o *Options) check() error {
@@ -128,6 +131,15 @@ func Apply(netns string, o Options) error {
 // Verify returns nil only when capture is in place; see NS.Verify.
 func Verify(netns string, o Options) error {
 	return with(netns, func(n *NS) error { return n.Verify(o) })
+}
+
+// OriginalsOf returns the settings from before; see NS.Originals.
+func OriginalsOf(netns string) (o Originals, err error) {
+	err = with(netns, func(n *NS) (err error) {
+		o, err = n.Originals()
+		return err
+	})
+	return o, err
 }
 
 // Remove undoes Apply; see NS.Remove.

@@ -44,6 +44,34 @@ func wanted(saved settings) settings {
 	}
 }
 
+// Originals are a namespace's settings from before it was captured. They are
+// kept with the rules, and lost when somebody deletes those; who remembers them
+// can still have them restored. The zero Originals remembers nothing.
+type Originals struct{ values settings }
+
+// before returns what the settings were, by what they are now: those that are
+// as Apply sets them are as remembered, and others have been set since.
+func (o Originals) before(now settings) settings {
+	set := wanted(o.values)
+	out := settings{}
+	for name, value := range now {
+		if was, known := o.values[name]; known && value == set[name] {
+			value = was
+		}
+		out[name] = value
+	}
+	return out
+}
+
+// Originals returns the settings from before the first Apply, the zero value
+// where nothing is in place.
+func (n *NS) Originals() (Originals, error) {
+	n.apply.Lock()
+	defer n.apply.Unlock()
+	s, err := n.saved()
+	return Originals{s}, err
+}
+
 // reserve adds ports to a kernel list such as "80,8000-8080" and returns it
 // in the kernel's form: sorted, neighbours joined. Text that it cannot read
 // is dropped.

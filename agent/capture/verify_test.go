@@ -268,6 +268,51 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// Defends the settings of a pod against a flush of all rules, which takes along
+// what was kept there of the time before: who remembers it has it restored, but
+// for what has been set anew since.
+func TestRemove_afterAFlush(t *testing.T) {
+	p := newPair(t)
+	set := func(name, value string) {
+		t.Helper()
+		if err := p.a.Do(func() error { return os.WriteFile(settingPath(name), []byte(value+"\n"), 0) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(portRange, "30000 50000")
+	set(reservedPorts, "20000")
+	n := open(t, p.a)
+	before, err := n.readSettings()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := opts
+	for _, renewed := range []string{"", "0"} {
+		apply(t, p.a)
+		if o.Originals, err = OriginalsOf(p.a.NetNS); err != nil || !reflect.DeepEqual(o.Originals.values, before) {
+			t.Fatalf("remembered %v, %v, want %v", o.Originals, err, before)
+		}
+		tamper(t, p.a, func(c *nftables.Conn, _ []nft.RawRule) { c.FlushRuleset() })
+		if renewed != "" {
+			set(reuseWaiting, renewed)
+			before[reuseWaiting] = renewed
+		}
+		if err := Apply(p.a.NetNS, o); err != nil {
+			t.Fatal(err)
+		}
+		if err := Remove(p.a.NetNS); err != nil {
+			t.Fatal(err)
+		}
+		if after, err := n.readSettings(); err != nil || !reflect.DeepEqual(before, after) {
+			t.Fatalf("settings: %v (%v), want %v", after, err, before)
+		}
+	}
+	// Nothing is remembered of a namespace that is not captured.
+	if got, err := OriginalsOf(p.a.NetNS); err != nil || got.values != nil {
+		t.Errorf("remembered %v, %v", got, err)
+	}
+}
+
 // Settings and rules of one pod are no business of another.
 func TestApply_onlyThere(t *testing.T) {
 	p := newPair(t)

@@ -39,6 +39,9 @@ func check(id spiffeid.ID, pub crypto.PublicKey, chain [][]byte, roots []*x509.C
 	if k, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(pub) {
 		return nil, errors.New("the certificate is for another public key than the one asked for")
 	}
+	if late := leaf.NotBefore.Sub(now); late > 0 {
+		return nil, fmt.Errorf("the certificate is not valid yet: this node's clock is %s or more behind the control plane's; set it right", late.Round(time.Minute))
+	}
 	// Verify refuses more or fewer than one URI SAN, CA flags and CA key
 	// usages, an expired or early certificate, and a chain to other roots.
 	got, _, err := x509svid.Verify(certs, x509bundle.FromX509Authorities(id.TrustDomain(), roots), x509svid.WithTime(now))

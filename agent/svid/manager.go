@@ -307,3 +307,18 @@ func (m *Manager) Status() []adminv1.Certificate {
 	slices.SortStableFunc(out, func(a, b adminv1.Certificate) int { return cmp.Compare(a.Holder, b.Holder) })
 	return out
 }
+
+// Missing says, by identity, why it has no valid certificate; "" if no attempt
+// has failed yet.
+func (m *Manager) Missing() map[spiffeid.ID]string {
+	now := m.now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := map[spiffeid.ID]string{}
+	for id, h := range m.holders {
+		if !h.current.fresh(now) {
+			out[id] = h.lastErr
+		}
+	}
+	return out
+}

@@ -112,6 +112,9 @@ func TestOutage(t *testing.T) {
 		if got := n.must("web"); got != first {
 			t.Error("a failed renewal replaced a certificate that is valid")
 		}
+		if m := n.Missing(); len(m) > 0 {
+			t.Errorf("missing though it is valid: %v", m)
+		}
 		if st := n.Status()[0]; !strings.Contains(st.LastError, "connection refused") || st.Serial != first.Serial {
 			t.Errorf("status %+v hides the failure or the certificate", st)
 		}
@@ -136,6 +139,9 @@ func TestOutage(t *testing.T) {
 		}
 		if st := n.Status()[0]; st.Serial != "" || !strings.Contains(st.LastError, "expired") || !strings.Contains(st.LastError, "connection refused") {
 			t.Errorf("status after expiry: %+v", st)
+		}
+		if why, ok := n.Missing()[sa("web")]; !ok || !strings.Contains(why, "expired") {
+			t.Errorf("missing after expiry: %q, %v", why, ok)
 		}
 		is.set(func(i *issuer) { i.before = nil })
 		time.Sleep(31 * time.Second)
@@ -226,7 +232,7 @@ func TestIssuerIsNotBelieved(t *testing.T) {
 		{name: "no URI SAN", want: "no URI", edit: func(c *x509.Certificate) { c.URIs = nil }},
 		{name: "a DNS name too", want: "other names", edit: func(c *x509.Certificate) { c.DNSNames = []string{"bank.example"} }},
 		{name: "expired", want: "expired", edit: func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Second) }},
-		{name: "not valid yet", want: "not yet valid", edit: func(c *x509.Certificate) {
+		{name: "not valid yet", want: "this node's clock is 1h0m0s or more behind", edit: func(c *x509.Certificate) {
 			c.NotBefore = c.NotBefore.Add(time.Hour)
 			c.NotAfter = c.NotAfter.Add(time.Hour)
 		}},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
@@ -94,7 +96,21 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) && stream.Context().Err() == nil {
 		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection has expired; connect again with a renewed one")
 	}
+	s.logOthers(ctx, info.FullMethod, name, err)
 	return err
+}
+
+// logOthers logs what another service on this server, which does not know the
+// calling node's name, refused it for what it asked. The Node service logs its
+// own refusals.
+func (s *Server) logOthers(ctx context.Context, call, node string, err error) {
+	if strings.HasPrefix(call, "/"+nodev1.Node_ServiceDesc.ServiceName+"/") {
+		return
+	}
+	switch code := status.Code(err); code {
+	case codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented:
+		s.log.WarnContext(ctx, "refused", "call", call, "node", node, "code", code.String(), "reason", status.Convert(err).Message())
+	}
 }
 
 // nodeStream is a stream whose context names the node.

@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
@@ -271,4 +273,54 @@ func serveRaw(t *testing.T, w *world, config *tls.Config) {
 		server.Stop()
 		<-done
 	})
+}
+
+// Defends the log of who asked for what: a refusal by another service of the
+// same server, which does not know the node, is logged with its name.
+func TestRefusalsOfOtherServicesAreLogged(t *testing.T) {
+	w := newWorld(t, nil)
+	conn := w.conn(w.authority, certFor(t, w.authority, nodeID("one"), time.Hour))
+	stream, err := healthv1.NewHealthClient(conn).Watch(testContext(t), &healthv1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.Recv()
+	wantCode(t, err, codes.Unimplemented, "")
+	if want := "msg=refused call=/grpc.health.v1.Health/Watch node=one code=Unimplemented"; !strings.Contains(w.logged.String(), want) {
+		t.Errorf("%q is not in the log: %s", want, w.logged)
+	}
+}
+
+// Defends who looks for the reason of a mesh that does not connect: whoever finds
+// the other's certificate not valid yet names the clock.
+func TestClockThatIsBehindIsNamed(t *testing.T) {
+	w := newWorld(t, nil)
+	_, csr := newKey(t)
+	cert := certFor(t, w.authority, nodeID("one"), time.Hour)
+	right := w.clock.now()
+	renew := func(now time.Time) error {
+		c, err := ClientTLS(ClientConfig{
+			TrustDomain: testDomain, Bundle: w.authority, Now: func() time.Time { return now },
+			Certificate: func() (*tls.Certificate, error) { return cert, nil },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := grpc.NewClient("unix:"+w.socket, grpc.WithTransportCredentials(credentials.NewTLS(c)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_, err = nodev1.NewNodeClient(conn).Renew(testContext(t), &nodev1.RenewRequest{Csr: csr})
+		return err
+	}
+	if err := renew(right); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, renew(right.Add(-10*time.Minute)), codes.Unavailable, "this node's clock may be behind, set it right")
+	w.clock.advance(-10 * time.Minute)
+	wantCode(t, renew(right), codes.Unavailable, "")
+	if want := "this machine's clock is behind, or was ahead when it issued the certificate"; !strings.Contains(w.logged.String(), want) {
+		t.Errorf("%q is not in the log: %s", want, w.logged)
+	}
 }

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
@@ -111,6 +112,7 @@ func newWorld(t *testing.T, edit func(*Config)) *world {
 	}
 	server := grpc.NewServer(w.server.ServerOptions()...)
 	nodev1.RegisterNodeServer(server, w.server)
+	healthv1.RegisterHealthServer(server, healthv1.UnimplementedHealthServer{}) // stands for any other service
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

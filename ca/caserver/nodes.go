@@ -23,6 +23,7 @@ type node struct {
 	current  string                   // guarded by Server.mu; the newest revision in which that state is the same
 	report   []*nodev1.WorkloadReport // guarded by Server.mu; replaced whole
 	reported time.Time                // guarded by Server.mu; when; zero: never
+	clock    time.Duration            // guarded by Server.mu; how far its clock is ahead, by its last report; 0: hardly
 	since    time.Time                // guarded by Server.mu; when connected last changed
 }
 
@@ -115,6 +116,9 @@ type NodeReport struct {
 	At time.Time
 	// Workloads is the report. It is shared: callers must not edit it.
 	Workloads []*nodev1.WorkloadReport
+	// Clock is how far the node's clock is ahead of this one; negative: behind;
+	// zero: within what certificates allow for, or not said.
+	Clock time.Duration
 }
 
 // Reports returns what the nodes that have called since the start have last
@@ -124,7 +128,7 @@ func (s *Server) Reports() []NodeReport {
 	defer s.mu.Unlock()
 	out := make([]NodeReport, 0, len(s.nodes))
 	for name, n := range s.nodes {
-		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report})
+		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report, Clock: n.clock})
 	}
 	slices.SortFunc(out, func(a, b NodeReport) int { return cmp.Compare(a.Node, b.Node) })
 	return out

@@ -184,3 +184,52 @@ func TestReports(t *testing.T) {
 	_, err = one.Report(ctx, &nodev1.ReportRequest{Workloads: report})
 	wantCode(t, err, codes.InvalidArgument, "too long")
 }
+
+// Defends the status of pods against a node that speaks for another's: what it
+// says of them is not kept, and the log has it. Of a pod that is gone it may
+// speak, since it hears of that later.
+func TestReportForAnotherNode(t *testing.T) {
+	w := newWorld(t, nil)
+	w.feed.Set(podView("r1", "u1")) // on node one
+	report := []*nodev1.WorkloadReport{{Workload: "shop/web-1", Uid: "u1", Problem: "lies"}, {Workload: "shop/gone", Uid: "u0"}}
+	if _, err := w.asNode("two").Report(testContext(t), &nodev1.ReportRequest{Revision: "r1", Workloads: report}); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.server.Reports(); len(got) != 1 || len(got[0].Workloads) != 1 || got[0].Workloads[0].GetUid() != "u0" {
+		t.Errorf("kept %+v", got)
+	}
+	if !strings.Contains(w.logged.String(), "what is said of it is not kept") {
+		t.Errorf("not in the log: %s", w.logged)
+	}
+	if _, err := w.asNode("one").Report(testContext(t), &nodev1.ReportRequest{Revision: "r1", Workloads: report}); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.server.Reports(); len(got) != 2 || len(got[0].Workloads) != 2 {
+		t.Errorf("of its own node: kept %+v", got)
+	}
+}
+
+// Defends the reason when a node refuses good certificates, or is refused: that
+// its clock is not the control plane's is known before anybody asks.
+func TestClockOfNode(t *testing.T) {
+	w := newWorld(t, nil)
+	one := w.asNode("one")
+	for _, test := range []struct{ ahead, want time.Duration }{
+		{0, 0}, {clockTolerance, 0}, {10 * time.Minute, 10 * time.Minute}, {-10 * time.Minute, -10 * time.Minute}, {-clockTolerance, 0},
+	} {
+		if _, err := one.Report(testContext(t), &nodev1.ReportRequest{Clock: w.clock.now().Add(test.ahead).Unix()}); err != nil {
+			t.Fatal(err)
+		}
+		if got := w.server.Reports()[0].Clock; (got - test.want).Abs() > time.Second {
+			t.Errorf("a clock that is %s ahead counts as %s", test.ahead, got)
+		}
+	}
+	if _, err := one.Report(testContext(t), &nodev1.ReportRequest{}); err != nil || w.server.Reports()[0].Clock != 0 {
+		t.Errorf("an agent that does not say: %v, %s", err, w.server.Reports()[0].Clock)
+	}
+	for _, want := range []string{"a node's clock and the control plane's differ", "node_is_ahead=10m0s", "agrees with the control plane's again"} {
+		if !strings.Contains(w.logged.String(), want) {
+			t.Errorf("%q is not in the log: %s", want, w.logged)
+		}
+	}
+}

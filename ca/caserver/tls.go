@@ -31,6 +31,9 @@ func (s *Server) TLSConfig() *tls.Config {
 			}
 			_, _, err := x509svid.Verify(state.PeerCertificates, s.authority, x509svid.WithTime(s.now()))
 			if err != nil {
+				if leaf := state.PeerCertificates[0]; s.now().Before(leaf.NotBefore) {
+					err = fmt.Errorf("%w; this machine's clock is behind, or was ahead when it issued the certificate: set it right", err)
+				}
 				s.log.Warn("refused a TLS client", "reason", err)
 			}
 			return err
@@ -85,6 +88,9 @@ func ClientTLS(cfg ClientConfig) (*tls.Config, error) {
 func verifyControl(certs []*x509.Certificate, bundle x509bundle.Source, want spiffeid.ID, now time.Time) error {
 	id, _, err := x509svid.Verify(certs, bundle, x509svid.WithTime(now))
 	if err != nil {
+		if len(certs) > 0 && now.Before(certs[0].NotBefore) {
+			return fmt.Errorf("control plane's certificate: %w; this node's clock may be behind, set it right", err)
+		}
 		return fmt.Errorf("control plane's certificate: %w", err)
 	}
 	if id != want {

@@ -2,6 +2,8 @@ package caserver
 
 import (
 	"context"
+	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -94,6 +96,8 @@ const (
 )
 
 // Report notes how far the calling node's proxy is, and how its workloads are.
+// What it says about pods of other nodes is not kept. The answer is the same,
+// since a node learns nothing about others; the log has it.
 func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
 	name, ok := NodeFromContext(ctx)
 	if !ok {
@@ -110,9 +114,55 @@ func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1
 			return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "workloads: an entry is too long; a problem may have %d bytes", maxProblem)
 		}
 	}
+	own := s.ownReports(ctx, name, req.GetWorkloads())
+	off := s.clockOf(req)
 	s.mu.Lock()
 	n := s.nodeLocked(name)
-	n.revision, n.report, n.reported = req.GetRevision(), req.GetWorkloads(), s.now()
+	was := n.clock
+	n.revision, n.report, n.reported, n.clock = req.GetRevision(), own, s.now(), off
 	s.mu.Unlock()
+	switch {
+	case was == 0 && off != 0:
+		s.log.WarnContext(ctx, "a node's clock and the control plane's differ; certificates are valid late or too short until the wrong one is set right", "node", name, "node_is_ahead", off)
+	case was != 0 && off == 0:
+		s.log.InfoContext(ctx, "a node's clock agrees with the control plane's again", "node", name)
+	}
 	return &nodev1.ReportResponse{}, nil
+}
+
+// clockTolerance is how far clocks may differ. A certificate is valid from a
+// little before it is made, which is for nodes that are behind.
+const clockTolerance = 10 * time.Second
+
+// clockOf returns how far a node's clock is ahead; zero within the tolerance.
+func (s *Server) clockOf(req *nodev1.ReportRequest) time.Duration {
+	if req.GetClock() == 0 {
+		return 0
+	}
+	off := time.Unix(req.GetClock(), 0).Sub(s.now().Truncate(time.Second))
+	if off.Abs() <= clockTolerance {
+		return 0
+	}
+	return off
+}
+
+// ownReports leaves out what is about a pod that runs on another node. A pod
+// never changes its node, so no honest agent speaks of one; about one that is
+// gone it may, and that is nobody's.
+func (s *Server) ownReports(ctx context.Context, name string, all []*nodev1.WorkloadReport) []*nodev1.WorkloadReport {
+	view, _ := s.feed.Get()
+	if view == nil || view.State == nil {
+		return all
+	}
+	others := func(r *nodev1.WorkloadReport) bool {
+		w := view.State.Workload(r.GetWorkload())
+		return w != nil && w.Node != name && w.UID != "" && w.UID == r.GetUid()
+	}
+	first := slices.IndexFunc(all, others)
+	if first < 0 {
+		return all
+	}
+	s.log.WarnContext(ctx, "refused", "call", "Report", "node", name, "code", codes.PermissionDenied.String(),
+		"reason", fmt.Sprintf("workloads: %s is not on node %q; what is said of it is not kept", quote(all[first].GetWorkload()), name))
+	return slices.DeleteFunc(slices.Clone(all), others)
 }

@@ -118,7 +118,10 @@ func identified(r audit.Record) (key pairKey, why string) {
 	if err != nil || address.Port() == 0 || slices.Contains(meshPorts, address.Port()) {
 		return key, "the record has no port that can be granted"
 	}
-	if _, ok := workloadOf(caller); caller.TrustDomain() == target.TrustDomain() && !ok {
+	if caller.TrustDomain() != target.TrustDomain() {
+		return key, "the caller is of another trust domain, of which no policy can admit anybody"
+	}
+	if _, ok := workloadOf(caller); !ok {
 		return key, "the caller is a part of the mesh, and no workload"
 	}
 	return pairKey{caller, target, address.Port()}, ""

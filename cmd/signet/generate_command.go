@@ -51,18 +51,15 @@ func (p *generatedPolicy) document() v1alpha1.AllowPolicy {
 		doc.Spec.Ports = append(doc.Spec.Ports, int32(port))
 	}
 	for _, caller := range p.From {
-		doc.Spec.From = append(doc.Spec.From, p.peer(caller))
+		doc.Spec.From = append(doc.Spec.From, v1alpha1.Peer{ServiceAccount: serviceAccountOf(caller)})
 	}
 	return doc
 }
 
-// peer names a caller: by service account where it is of the same trust domain.
-func (p *generatedPolicy) peer(caller string) v1alpha1.Peer {
-	id, err := spiffeid.FromString(caller)
-	if w, ok := workloadOf(id); err == nil && ok && id.TrustDomain() == p.trustDomain {
-		return v1alpha1.Peer{ServiceAccount: w.String()}
-	}
-	return v1alpha1.Peer{SPIFFEID: caller}
+// serviceAccountOf names a caller as policies do. It is one: identified looked.
+func serviceAccountOf(caller string) string {
+	w, _ := workloadOf(spiffeid.RequireFromString(caller))
+	return w.String()
 }
 
 // Text writes what was seen.
@@ -120,11 +117,7 @@ func (d *generateDoc) YAML() ([]byte, error) {
 		}
 		b.WriteString("  from:\n")
 		for _, caller := range p.From {
-			if peer := p.peer(caller); peer.ServiceAccount != "" {
-				fmt.Fprintf(&b, "    - serviceAccount: %q\n", peer.ServiceAccount)
-			} else {
-				fmt.Fprintf(&b, "    - spiffeID: %q\n", peer.SPIFFEID)
-			}
+			fmt.Fprintf(&b, "    - serviceAccount: %q\n", serviceAccountOf(caller))
 		}
 	}
 	return []byte(b.String()), nil

@@ -28,6 +28,7 @@ import (
 	"github.com/signet-mesh/signet/internal/fanout"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/unixsocket"
+	"github.com/signet-mesh/signet/xds"
 	"github.com/signet-mesh/signet/xds/xdsserver"
 )
 
@@ -164,7 +165,7 @@ func (c *control) serve(ctx context.Context) error {
 	}
 	server := grpc.NewServer(nodes.ServerOptions()...)
 	nodev1.RegisterNodeServer(server, nodes)
-	discoveryv3.RegisterAggregatedDiscoveryServiceServer(server, &xdsserver.Server{Open: c.open, Log: c.log})
+	discoveryv3.RegisterAggregatedDiscoveryServiceServer(server, &xdsserver.Server{Open: c.open, Types: []string{xds.TypeCluster}, Log: c.log})
 	listener, err := listen(c.cfg.Listen)
 	if err != nil {
 		return err

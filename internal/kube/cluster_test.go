@@ -223,8 +223,8 @@ func testWatch(t *testing.T, c, as *Client) {
 	var revision atomic.Value
 	revision.Store("old")
 	reports := func() []caserver.NodeReport {
-		return []caserver.NodeReport{{Node: "one", Connected: true, Revision: revision.Load().(string), At: time.Now(), Workloads: []*nodev1.WorkloadReport{
-			{Workload: "shop/web-1", Uid: string(p.UID)},
+		return []caserver.NodeReport{{Node: "one", Connected: true, Clock: -10 * time.Minute, Revision: revision.Load().(string), At: time.Now(), Workloads: []*nodev1.WorkloadReport{
+			{Workload: "shop/web-1", Uid: string(p.UID), Repaired: true},
 			{Workload: "shop/web-2", Uid: string(second.UID), Problem: "its rules are gone"},
 		}}}
 	}
@@ -279,10 +279,27 @@ func testWatch(t *testing.T, c, as *Client) {
 	annotation("enforce: 1 of 2 pods enrolled")
 	eventually(t, 15*time.Second, func() error {
 		events, err := c.Core.CoreV1().Events("shop").List(ctx, metav1.ListOptions{})
-		if err == nil && (len(events.Items) != 1 || events.Items[0].InvolvedObject.UID != second.UID || !strings.Contains(events.Items[0].Message, "its rules are gone")) {
+		if err == nil && len(events.Items) != 2 {
 			err = fmt.Errorf("events: %v", events.Items)
 		}
+		for _, e := range events.Items {
+			switch of := e.InvolvedObject.UID; {
+			case e.Reason == notEnrolled && of == second.UID && strings.Contains(e.Message, "its rules are gone"):
+			case e.Reason == captureRepaired && of == p.UID && strings.Contains(e.Message, "something other than Signet changed"):
+			default:
+				err = fmt.Errorf("event: %v", e)
+			}
+		}
 		return err
+	})
+	eventually(t, 15*time.Second, func() error {
+		events, err := c.Core.CoreV1().Events("default").List(ctx, metav1.ListOptions{})
+		for _, e := range events.Items {
+			if of := e.InvolvedObject; of.Kind == "Node" && of.Name == "one" && e.Reason == "ClockOff" && strings.Contains(e.Message, "about 10m0s behind the control plane's") {
+				return err
+			}
+		}
+		return fmt.Errorf("no event of the node's clock: %v, %v", events.Items, err)
 	})
 	eventually(t, 5*time.Second, func() error {
 		m, err := c.Core.CoreV1().ConfigMaps(release).Get(ctx, bundleConfigMap, metav1.GetOptions{})

@@ -19,13 +19,13 @@ const (
 	eventAgain = 10 * time.Minute // the same one of the same pod
 )
 
-// eventWriter tells a pod's owner why it is not in the mesh. One goroutine
-// uses it.
+// eventWriter tells a pod's owner why it is not in the mesh, and who looks
+// after a node what is wrong with it. One goroutine uses it.
 type eventWriter struct {
 	client  *Client
 	log     *slog.Logger
 	limiter *rate.Limiter
-	seen    map[string]*sighting // by pod UID
+	seen    map[string]*sighting // by the object's UID and the reason
 }
 
 // sighting is a problem that lasts.
@@ -43,33 +43,43 @@ func newEventWriter(client *Client, log *slog.Logger) eventWriter {
 func (e *eventWriter) write(ctx context.Context, problems []problem, now time.Time) {
 	there := set{}
 	for _, p := range problems {
-		there.add(p.uid)
-		s := e.seen[p.uid]
+		key := p.uid + " " + p.reason
+		there.add(key)
+		s := e.seen[key]
 		if s == nil || s.text != p.text {
 			s = &sighting{text: p.text, since: now}
-			e.seen[p.uid] = s
+			e.seen[key] = s
 		}
 		if now.Sub(s.since) < eventAfter || !s.told.IsZero() && now.Sub(s.told) < eventAgain || !e.limiter.AllowN(now, 1) {
 			continue
 		}
 		s.told = now
 		at := metav1.NewTime(now)
-		_, err := e.client.Core.CoreV1().Events(p.namespace).Create(ctx, &corev1.Event{
-			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", p.name, now.UnixNano()), Namespace: p.namespace},
-			InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: p.name, UID: types.UID(p.uid)},
-			Reason:         "NotEnrolled",
-			Message:        "not in the mesh: " + short(p.text),
+		of := corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: p.name, UID: types.UID(p.uid)}
+		namespace, message := p.namespace, short(p.text)
+		if p.reason == notEnrolled {
+			message = "not in the mesh: " + message
+		}
+		if p.name == "" { // as kubelet does it for nodes
+			of = corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: p.node, UID: types.UID(p.node)}
+			namespace = metav1.NamespaceDefault
+		}
+		_, err := e.client.Core.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
+			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", of.Name, now.UnixNano()), Namespace: namespace},
+			InvolvedObject: of,
+			Reason:         p.reason,
+			Message:        message,
 			Type:           corev1.EventTypeWarning,
 			Source:         corev1.EventSource{Component: fieldManager, Host: p.node},
 			FirstTimestamp: at, LastTimestamp: at, Count: 1,
 		}, metav1.CreateOptions{})
 		if err != nil && ctx.Err() == nil {
-			e.log.WarnContext(ctx, "an event could not be written", "pod", p.namespace+"/"+p.name, "error", err)
+			e.log.WarnContext(ctx, "an event could not be written", "object", of.Kind+" "+namespace+"/"+of.Name, "error", err)
 		}
 	}
-	for uid := range e.seen {
-		if _, ok := there[uid]; !ok {
-			delete(e.seen, uid)
+	for key := range e.seen {
+		if _, ok := there[key]; !ok {
+			delete(e.seen, key)
 		}
 	}
 }

@@ -25,24 +25,49 @@ type picture struct {
 // count is how many pods of a namespace there are and are in the mesh.
 type count struct{ pods, enrolled int }
 
-// problem keeps one pod out of the mesh.
+// problem is what somebody who looks after a pod should know, or, without a
+// pod's name, one who looks after a node.
 type problem struct {
-	namespace, name, uid, node, text string
+	namespace, name, uid, node, reason, text string
+}
+
+// Reasons of events.
+const (
+	notEnrolled     = "NotEnrolled"
+	captureRepaired = "CaptureRepaired"
+	clockOff        = "ClockOff"
+)
+
+// clockProblem is that of a node whose clock and the control plane's differ.
+func clockProblem(node string, ahead time.Duration) problem {
+	than, precise := "ahead of", 10*time.Second
+	if ahead < 0 {
+		than = "behind"
+	}
+	if ahead.Abs() > 2*time.Minute {
+		precise = time.Minute // so that the text stays the same
+	}
+	return problem{uid: node, node: node, reason: clockOff, text: fmt.Sprintf("the node's clock is about %s %s the control plane's; set the one that is wrong right. "+
+		"Until then new certificates may be refused; nothing is opened", ahead.Abs().Round(precise), than)}
 }
 
 func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *picture {
 	p := &picture{view: snap.view, current: map[string]bool{}, targets: map[string]map[string]set{}, counts: map[string]*count{}}
 	type key struct{ node, workload, uid string }
-	said := map[key]string{}
+	said, repaired := map[key]string{}, map[string]bool{}
 	acting, revision := map[string]bool{}, map[string]string{}
 	for _, r := range reports {
 		if !r.Connected || now.Sub(r.At) > fresh {
 			continue
 		}
+		if r.Clock != 0 {
+			p.problems = append(p.problems, clockProblem(r.Node, r.Clock))
+		}
 		acting[r.Node] = r.Revision == snap.view.Revision
 		revision[r.Node] = r.Revision
 		for _, w := range r.Workloads {
 			said[key{r.Node, w.GetWorkload(), w.GetUid()}] = w.GetProblem()
+			repaired[w.GetUid()] = w.GetRepaired()
 		}
 	}
 	for i := range snap.view.State.Workloads {
@@ -69,7 +94,11 @@ func newPicture(snap *snapshot, reports []caserver.NodeReport, now time.Time) *p
 				c.enrolled++
 			}
 		case reported:
-			p.problems = append(p.problems, problem{w.Namespace, w.Name, w.UID, w.Node, text})
+			p.problems = append(p.problems, problem{w.Namespace, w.Name, w.UID, w.Node, notEnrolled, text})
+		}
+		if repaired[w.UID] {
+			p.problems = append(p.problems, problem{w.Namespace, w.Name, w.UID, w.Node, captureRepaired,
+				"something other than Signet changed the packet filter rules in its network namespace; they were written again, and without them it was cut off and not open"})
 		}
 	}
 	return p

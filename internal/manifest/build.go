@@ -197,18 +197,26 @@ func parseTrustDomain(s string) (spiffeid.TrustDomain, error) {
 	return td, nil
 }
 
-// standIn gives the trust domain of the first SPIFFE ID in a policy, or a
-// placeholder, so that the rest can be checked without a good MeshConfig.
+// standIn gives the trust domain of the first SPIFFE ID in a policy or else in
+// a quarantine, or a placeholder, so that the rest can be checked without a good
+// MeshConfig.
 func (b *builder) standIn() spiffeid.TrustDomain {
+	var named []string
 	for _, d := range b.byKind[v1alpha1.KindAllowPolicy] {
 		for _, peer := range d.spec.(*v1alpha1.AllowPolicySpec).From {
-			if _, err := authz.ParsePattern(peer.SPIFFEID); err != nil {
-				continue
-			}
-			domain, _, _ := strings.Cut(strings.TrimPrefix(peer.SPIFFEID, "spiffe://"), "/")
-			if td, err := spiffeid.TrustDomainFromString(domain); err == nil {
-				return td
-			}
+			named = append(named, peer.SPIFFEID)
+		}
+	}
+	for _, d := range b.byKind[v1alpha1.KindQuarantine] {
+		named = append(named, d.spec.(*v1alpha1.QuarantineSpec).Identities...)
+	}
+	for _, id := range named {
+		if _, err := authz.ParsePattern(id); err != nil {
+			continue
+		}
+		domain, _, _ := strings.Cut(strings.TrimPrefix(id, "spiffe://"), "/")
+		if td, err := spiffeid.TrustDomainFromString(domain); err == nil {
+			return td
 		}
 	}
 	return spiffeid.RequireTrustDomainFromString("unknown.invalid")

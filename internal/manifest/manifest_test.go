@@ -166,7 +166,11 @@ func TestRevision(t *testing.T) {
 		{"ports: [8080, 443]", "ports: [8080]"}, {"target: {serviceAccount: web}", "target: {}"}, {"ns/*/sa/monitor", "ns/*/sa/monitor2"},
 		{"serviceAccount: ops/backup", "serviceAccount: ops/backup2"}, {"name: allow-client", "name: allow-client2"},
 	} {
-		edited := strings.Replace(one, edit[0], edit[1], 1)
+		n := 1
+		if edit[0] == "mesh.example" {
+			n = -1 // policies name it too
+		}
+		edited := strings.Replace(one, edit[0], edit[1], n)
 		if edited == one {
 			t.Fatalf("%q is not in the text", edit[0])
 		}
@@ -285,6 +289,12 @@ func TestCheckPart(t *testing.T) {
 	}
 	if f := Check([]string{policy("{namespace: ops}, {spiffeID: spiffe://td/x}")}); f != nil {
 		t.Errorf("a good policy alone: %v", f)
+	}
+	if f := Check([]string{policy("{spiffeID: spiffe://td/x}, {spiffeID: spiffe://td2/x}")}); len(f) != 1 || f[0].Field != "spec.from[1].spiffeID" {
+		t.Errorf("two trust domains: %v", f)
+	}
+	if f := Check([]string{write(t, "apiVersion: signet.dev/v1alpha1\nkind: Quarantine\nmetadata: {name: q}\nspec: {reason: r, identities: ['spiffe://td/x']}\n")}); f != nil {
+		t.Errorf("a good quarantine alone: %v", f)
 	}
 	if f := Check([]string{policy("{namespace: OPS}")}); len(f) != 1 || f[0].Field != "spec.from[0].namespace" || f[0].Line != 4 || f[0].Code != CodePolicy {
 		t.Errorf("a bad policy: %v", f)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"slices"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc/codes"
@@ -56,7 +57,10 @@ type Server struct {
 	// certificate, say) and never by what the peer claims to be. The Source
 	// is the stream's own until Close.
 	Open func(ctx context.Context) (Source, Subscriber, error)
-	Log  *slog.Logger
+	// Types are those that are served, by URL; none: clusters, secrets,
+	// listeners and routes.
+	Types []string
+	Log   *slog.Logger
 }
 
 // order is the order in which types are sent: what is referred to first.
@@ -117,7 +121,7 @@ func (s *Server) DeltaAggregatedResources(stream discoveryv3.AggregatedDiscovery
 		case req := <-requests:
 			known := types[req.GetTypeUrl()]
 			if known == nil {
-				if !served(req.GetTypeUrl()) {
+				if !s.serves(req.GetTypeUrl()) {
 					return status.Errorf(codes.InvalidArgument, "type %q is not served here", req.GetTypeUrl())
 				}
 				known = newSubscription(req)
@@ -156,11 +160,6 @@ func settled(types map[string]*subscription) bool {
 	return len(types) > 0
 }
 
-func served(typeURL string) bool {
-	for _, t := range order {
-		if t == typeURL {
-			return true
-		}
-	}
-	return false
+func (s *Server) serves(typeURL string) bool {
+	return slices.Contains(order, typeURL) && (len(s.Types) == 0 || slices.Contains(s.Types, typeURL))
 }

@@ -264,6 +264,25 @@ func TestUnknownTypeIsRefused(t *testing.T) {
 	}
 }
 
+// TestOnlyTheTypesNamed: a server of clusters has no secrets for anybody, though
+// its source had some. Without the list, what a source holds by mistake is out.
+func TestOnlyTheTypesNamed(t *testing.T) {
+	f := newFake()
+	f.set = setOf("a@1")
+	f.set.Put(resource(xds.TypeSecret, "key", "1"))
+	s := serve(f)
+	s.Types = []string{xds.TypeCluster}
+	p := connect(t, s)
+	p.send(&discoveryv3.DeltaDiscoveryRequest{})
+	p.want("a@1")
+	p.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: xds.TypeSecret})
+	for r := range p.in {
+		if r.GetTypeUrl() != xds.TypeCluster {
+			t.Errorf("answered with %v", r)
+		}
+	}
+}
+
 // TestOpenDecides: whom Open refuses gets nothing.
 func TestOpenDecides(t *testing.T) {
 	p := connect(t, &Server{Open: func(context.Context) (Source, Subscriber, error) { return nil, nil, errors.New("no certificate") }})

@@ -435,7 +435,9 @@ type ReportRequest struct {
 	// The newest revision that the node's proxy has taken in full.
 	Revision string `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Every enrolled workload of the node, as the agent last saw it.
-	Workloads     []*WorkloadReport `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	Workloads []*WorkloadReport `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	// What the node's clock says, in seconds since 1970; 0: it does not say.
+	Clock         int64 `protobuf:"varint,3,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -484,13 +486,23 @@ func (x *ReportRequest) GetWorkloads() []*WorkloadReport {
 	return nil
 }
 
+func (x *ReportRequest) GetClock() int64 {
+	if x != nil {
+		return x.Clock
+	}
+	return 0
+}
+
 type WorkloadReport struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Workload string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // namespace/name
 	Uid      string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
 	// What is wrong; empty: its capture and the proxy's listeners have just
 	// been looked at, and are in place.
-	Problem       string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	Problem string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	// Its packet filter rules were changed by somebody else, and were written
+	// again, within the last half minute.
+	Repaired      bool `protobuf:"varint,4,opt,name=repaired,proto3" json:"repaired,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -544,6 +556,13 @@ func (x *WorkloadReport) GetProblem() string {
 		return x.Problem
 	}
 	return ""
+}
+
+func (x *WorkloadReport) GetRepaired() bool {
+	if x != nil {
+		return x.Repaired
+	}
+	return false
 }
 
 type ReportResponse struct {
@@ -1174,14 +1193,16 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x10IssueJWTResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\"*\n" +
 	"\fWatchRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\tR\brevision\"i\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\"\x7f\n" +
 	"\rReportRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12<\n" +
-	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\"X\n" +
+	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\x12\x14\n" +
+	"\x05clock\x18\x03 \x01(\x03R\x05clock\"t\n" +
 	"\x0eWorkloadReport\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
-	"\aproblem\x18\x03 \x01(\tR\aproblem\"\x10\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
+	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
 	"\x0eReportResponse\"\x81\x04\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
