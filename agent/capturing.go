@@ -220,7 +220,8 @@ func (a *agent) letGo(s *nodeState) (left bool) {
 		if wanted[netns] {
 			continue
 		}
-		open, err := 0, error(nil)
+		var open int
+		var err error
 		if has.home != "" && s.enrolled[has.home] { // not the namespace left, but the pod is gone
 			err = capture.Remove(netns)
 		} else {

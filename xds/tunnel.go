@@ -27,10 +27,10 @@ import (
 // direction, and the narrow one, which is also the mark at which the proxy
 // stops reading from the application, in the other. See docs/decisions.md.
 const (
-	streamWindow     = 8 << 20   // per connection, towards the caller
-	connectionWindow = 256 << 20 // per tunnel, towards the caller
-	inboundWindow    = 2 * 65535 // per connection, towards the server
-	inboundTunnel    = 16 << 20  // per tunnel, towards the server
+	streamWindow     = 20 << 20                     // per connection, towards the caller
+	connectionWindow = tunnelStreams * streamWindow // per tunnel, towards the caller
+	inboundWindow    = 2 * 65535                    // per connection, towards the server
+	inboundTunnel    = 16 << 20                     // per tunnel, towards the server
 	// tunnelStreams bounds the connections that share one tunnel, and so
 	// what one broken tunnel can take with it.
 	tunnelStreams = 100

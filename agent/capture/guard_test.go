@@ -178,7 +178,7 @@ func TestGuard_links(t *testing.T) {
 				return err
 			}
 			if found, err := guarded(l); found || err != nil || (len(others) == 1) != (i == 0) {
-				return fmt.Errorf("link %s: guard %t, filters of others %d: %v", l.Attrs().Name, found, len(others), err)
+				return fmt.Errorf("link %s: guard %t, filters of others %d: %w", l.Attrs().Name, found, len(others), err)
 			}
 		}
 		return nil

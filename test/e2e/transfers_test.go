@@ -84,6 +84,20 @@ func TestTransfers(t *testing.T) {
 			}
 		})
 	}
+	// It defends a window of the tunnel that holds those of all its
+	// connections: with 256 MiB the last download waits for ever.
+	t.Run("beside readers that stand still", func(t *testing.T) {
+		for range 40 {
+			c := dial(t, client, webVIP)
+			_, _ = io.WriteString(c, "GET /large HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n")
+		}
+		time.Sleep(3 * time.Second)
+		for range 4 {
+			if n, sum, err := get(t.Context(), client, webVIP, "/large", 0); err != nil || sum != want {
+				t.Errorf("%d of %d bytes, %v, sum right: %v", n, largeSize, err, sum == want)
+			}
+		}
+	})
 	t.Run("small answers to the end", func(t *testing.T) {
 		for i := range 50 {
 			if n, _, err := get(t.Context(), client, webVIP, "/", 0); err != nil || n != int64(len(serverSays)+1) {

@@ -107,7 +107,6 @@ func TestEnrolAndLeave(t *testing.T) {
 // tally is what callers of one kind saw at one kind of step.
 type tally struct {
 	ok, failed, streams int
-	took                time.Duration
 	errors              map[string]int
 }
 

@@ -99,8 +99,11 @@ func newEnv(ctx context.Context) (_ *env, err error) {
 // prepare puts the images on the nodes, and the programs and manifests beside.
 func (e *env) prepare(ctx context.Context, dir string) error {
 	archives, err := filepath.Glob(images + "/signet-*.tar")
-	if err != nil || len(archives) != 3 {
-		return fmt.Errorf("%s has the images %q (%v), want three; run make test-cluster", images, archives, err)
+	if err != nil {
+		return err
+	}
+	if len(archives) != 3 {
+		return fmt.Errorf("%s has the images %q, want three; run make test-cluster", images, archives)
 	}
 	fmt.Fprintln(os.Stderr, "cluster: building the tests' images and loading all")
 	made, err := catalogue.Build(ctx, catalogue.Options{Log: os.Stderr})

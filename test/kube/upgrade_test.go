@@ -289,11 +289,11 @@ func TestDrainLimit(t *testing.T) {
 // patchProxy replaces the last argument of the proxy, which is its limit.
 func (b *bench) patchProxy(args ...string) {
 	b.Helper()
-	patch := `[{"op": "remove", "path": "/spec/template/spec/containers/0/args/3"}`
+	patch := []string{`{"op": "remove", "path": "/spec/template/spec/containers/0/args/3"}`}
 	for _, arg := range args {
-		patch += fmt.Sprintf(`, {"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": %q}`, arg)
+		patch = append(patch, fmt.Sprintf(`{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": %q}`, arg))
 	}
-	b.kubectl("-n", system, "patch", workloadOf("proxy"), "--type=json", "-p", patch+"]")
+	b.kubectl("-n", system, "patch", workloadOf("proxy"), "--type=json", "-p", "["+strings.Join(patch, ",")+"]")
 }
 
 // An upgrade to something that cannot start, or cannot serve, stops at the first
