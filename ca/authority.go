@@ -115,8 +115,6 @@ func Open(opts Options) (*Authority, error) {
 		a.log = slog.New(slog.DiscardHandler)
 	}
 	switch {
-	case a.jwtKeyLife < MinJWTKeyLife || a.jwtKeyLife > MaxJWTKeyLife:
-		return nil, fmt.Errorf("ca: options: JWTKeyLife %s must be from %s to %s", a.jwtKeyLife, MinJWTKeyLife, MaxJWTKeyLife)
 	case opts.Dir == "":
 		return nil, errors.New("ca: options: Dir is empty; name a directory for keys and the issuance log")
 	case a.td.IsZero():
@@ -126,6 +124,9 @@ func Open(opts Options) (*Authority, error) {
 	}
 	if err := checkTTL(a.profile.TTL); err != nil {
 		return nil, fmt.Errorf("ca: options: Profile.TTL: %w", err)
+	}
+	if err := CheckJWTKeyLife(a.jwtKeyLife); err != nil {
+		return nil, fmt.Errorf("ca: options: JWTKeyLife: %w", err)
 	}
 	if err := a.open(rootTTL); err != nil {
 		a.Close()

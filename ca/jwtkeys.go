@@ -25,6 +25,14 @@ const (
 	MaxJWTKeyLife     = 30 * 24 * time.Hour
 )
 
+// CheckJWTKeyLife refuses what cannot be Options.JWTKeyLife.
+func CheckJWTKeyLife(life time.Duration) error {
+	if life < MinJWTKeyLife || life > MaxJWTKeyLife {
+		return fmt.Errorf("%s; must be from %s to %s", life, MinJWTKeyLife, MaxJWTKeyLife)
+	}
+	return nil
+}
+
 // retireGrace is how long after the last token that it can have signed a key
 // stays in the bundle, for verifiers whose clocks are behind.
 const retireGrace = time.Minute

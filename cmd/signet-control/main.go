@@ -71,6 +71,9 @@ func run(ctx context.Context, args []string) error {
 	if o.json {
 		log = slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	}
+	if err := ca.CheckJWTKeyLife(o.jwtKeyLife); err != nil {
+		return fmt.Errorf("--jwt-key-life: %w", err)
+	}
 	switch {
 	case o.kubernetes && o.documents != "":
 		return errors.New("--config and --kubernetes: give one of them; a mesh has one source")

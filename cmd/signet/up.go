@@ -52,6 +52,9 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 			if f.documents == "" {
 				return usage(errors.New("-c is missing: the file or directory of documents"))
 			}
+			if err := ca.CheckJWTKeyLife(f.jwtKeyLife); err != nil {
+				return usage(fmt.Errorf("--jwt-key-life: %w", err))
+			}
 			return a.up(cmd.Context(), f)
 		},
 	}

@@ -144,7 +144,7 @@ func TestHostile(t *testing.T) {
 		mac.Write([]byte(signed))
 		return signed + "." + encode(mac.Sum(nil))
 	}
-	jwk := fmt.Sprintf(`{"kty":"EC","crv":"P-256","x":%q,"y":%q}`, encode(f.other.X.FillBytes(make([]byte, 32))), encode(f.other.Y.FillBytes(make([]byte, 32)))) //nolint:staticcheck // the coordinates are what a JWK has
+	jwk := fmt.Sprintf(`{"kty":"EC","crv":"P-256","x":%q,"y":%q}`, encode(f.other.X.FillBytes(make([]byte, 32))), encode(f.other.Y.FillBytes(make([]byte, 32))))
 	with := func(edit map[string]any) string { return es256(t, f.ec, header, payload(edit)) }
 	head := func(h string) string { return es256(t, f.ec, h, payload(nil)) }
 	for name, c := range map[string]struct{ token, want string }{

@@ -23,7 +23,7 @@ import (
 func testJWTKeys(t *testing.T, c, as *Client) {
 	ctx := t.Context()
 	store := NewJWTKeys(as, release)
-	replicas := make([]*ca.Authority, 4)
+	var replicas [4]*ca.Authority
 	open := func() *ca.Authority {
 		a, err := ca.Open(ca.Options{Dir: filepath.Join(t.TempDir(), "ca"), TrustDomain: testDomain, JWTKeyStore: store, JWTKeyLife: time.Minute})
 		if err != nil {
@@ -39,7 +39,7 @@ func testJWTKeys(t *testing.T, c, as *Client) {
 	}
 	wg.Wait()
 	kids := map[string]bool{}
-	for _, a := range append(replicas, open()) {
+	for _, a := range append(replicas[:], open()) {
 		keys, _ := a.JWTKeys()
 		for _, k := range keys {
 			kids[k.ID] = true
