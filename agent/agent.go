@@ -143,7 +143,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	a.attestor = attest.New()
-	a.svids = svid.New(svid.Config{Issuer: issuer{a}, Dir: filepath.Join(cfg.StateDir, "svids"), Log: cfg.Log})
+	a.svids = svid.New(svid.Config{Issuer: issuer{a}, JWTIssuer: issuer{a}, Dir: filepath.Join(cfg.StateDir, "svids"), Log: cfg.Log})
 	a.relay = relay.New(relay.Config{Cache: filepath.Join(cfg.StateDir, "xds.pb"), Keys: a.svids, Draining: func(id string) bool { return instance.Draining(cfg.RunDir, id) }, Log: cfg.Log})
 	a.loadState()
 	return a.serve(ctx)
@@ -223,7 +223,7 @@ func (a *agent) decode(line []byte) (audit.Event, bool, error) {
 	return e, ok, err
 }
 
-// issuer asks the control plane; it implements svid.Issuer.
+// issuer asks the control plane; it implements svid.Issuer and svid.JWTIssuer.
 type issuer struct{ *agent }
 
 func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byte, error) {
@@ -232,6 +232,14 @@ func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byt
 	}
 	resp, err := i.client.Issue(ctx, &nodev1.IssueRequest{Workload: workload, Csr: csr, Uid: i.uid(workload)})
 	return resp.GetChain(), err
+}
+
+func (i issuer) IssueJWT(ctx context.Context, workload string, audience []string) (string, error) {
+	if i.client == nil {
+		return "", fmt.Errorf("not connected to the control plane yet")
+	}
+	resp, err := i.client.IssueJWT(ctx, &nodev1.IssueJWTRequest{Workload: workload, Uid: i.uid(workload), Audience: audience})
+	return resp.GetToken(), err
 }
 
 // uid returns the UID of the pod that is a workload now.
@@ -249,5 +257,5 @@ func (a *agent) uid(workload string) string {
 }
 
 func svidState(s *nodeState) svid.State {
-	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, Workloads: s.workloads, TTL: s.ttl}
+	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, JWTKeys: s.jwtKeys, Workloads: s.workloads, TTL: s.ttl, Quarantined: s.model.Quarantined}
 }

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -26,6 +28,7 @@ type nodeState struct {
 	xdsVersion  string
 	trustDomain spiffeid.TrustDomain
 	bundle      []*x509.Certificate
+	jwtKeys     map[string]crypto.PublicKey // by kid
 	ttl         time.Duration
 	workloads   []mesh.Workload
 	modes       map[string]mesh.Mode // by namespace
@@ -62,6 +65,9 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 			return nil, fmt.Errorf("bundle: %w", err)
 		}
 		s.bundle = append(s.bundle, c)
+	}
+	if s.jwtKeys, err = parseJWTKeys(m.GetJwtKeys()); err != nil {
+		return nil, err
 	}
 	for _, w := range m.GetWorkloads() {
 		parsed, mode, err := parseWorkload(w, node)
@@ -113,6 +119,26 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 	}
 	s.model = authz.NewModel(policies).WithQuarantines(td, quarantines)
 	return s, nil
+}
+
+// parseJWTKeys reads the keys that verify tokens. One that could not is refused
+// here, where it is seen, and not at the first token.
+func parseJWTKeys(keys []*nodev1.JWTKey) (map[string]crypto.PublicKey, error) {
+	out := map[string]crypto.PublicKey{}
+	for _, k := range keys {
+		id := k.GetKeyId()
+		pub, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+		if err != nil {
+			return nil, fmt.Errorf("JWT key %.64q: %w", id, err)
+		}
+		_, isECDSA := pub.(*ecdsa.PublicKey)
+		_, twice := out[id]
+		if id == "" || twice || !isECDSA {
+			return nil, fmt.Errorf("JWT key %.64q: a %T; want ECDSA keys, each with an id of its own", id, pub)
+		}
+		out[id] = pub
+	}
+	return out, nil
 }
 
 func parseWorkload(w *nodev1.Workload, node string) (mesh.Workload, mesh.Mode, error) {

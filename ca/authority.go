@@ -5,6 +5,7 @@ package ca
 
 import (
 	"bytes"
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -39,6 +40,12 @@ type Options struct {
 	RootTTL, IntermediateTTL time.Duration
 	// Profile shapes the certificates that are issued.
 	Profile Profile
+	// JWTKeyLife is how long a key signs JWT-SVIDs before the next one does.
+	// Zero means DefaultJWTKeyLife.
+	JWTKeyLife time.Duration
+	// JWTKeyStore keeps those keys where replicas share them; while it is away
+	// certificates are issued all the same. Nil means a file in Dir.
+	JWTKeyStore JWTKeyStore
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 	// Log receives what an operator should know; nil discards it.
@@ -51,6 +58,8 @@ type Authority struct {
 	td              spiffeid.TrustDomain
 	intermediateTTL time.Duration
 	profile         Profile
+	jwtKeyLife      time.Duration
+	jwtStore        JWTKeyStore
 	now             func() time.Time
 	log             *slog.Logger
 	root            *pair
@@ -63,6 +72,10 @@ type Authority struct {
 	intermediate *pair               // guarded by mu; replaced whole
 	further      []*x509.Certificate // guarded by mu; replaced whole, never edited
 	changed      chan struct{}       // guarded by mu; closed and replaced when the bundle changes
+
+	jwtMu      sync.Mutex    // apart, since a new intermediate is made under mu
+	jwtKeys    ring          // guarded by jwtMu; replaced whole
+	jwtChanged chan struct{} // guarded by jwtMu; closed and replaced when jwtKeys changes
 }
 
 // Open loads the authority in opts.Dir, making what is missing. It refuses a
@@ -75,9 +88,12 @@ func Open(opts Options) (*Authority, error) {
 		td:              opts.TrustDomain,
 		intermediateTTL: opts.IntermediateTTL,
 		profile:         opts.Profile,
+		jwtKeyLife:      opts.JWTKeyLife,
+		jwtStore:        opts.JWTKeyStore,
 		now:             opts.Now,
 		log:             opts.Log,
 		changed:         make(chan struct{}),
+		jwtChanged:      make(chan struct{}),
 	}
 	if a.intermediateTTL == 0 {
 		a.intermediateTTL = DefaultIntermediateTTL
@@ -89,6 +105,9 @@ func Open(opts Options) (*Authority, error) {
 	if a.profile.TTL == 0 {
 		a.profile.TTL = DefaultTTL
 	}
+	if a.jwtKeyLife == 0 {
+		a.jwtKeyLife = DefaultJWTKeyLife
+	}
 	if a.now == nil {
 		a.now = time.Now
 	}
@@ -96,6 +115,8 @@ func Open(opts Options) (*Authority, error) {
 		a.log = slog.New(slog.DiscardHandler)
 	}
 	switch {
+	case a.jwtKeyLife < MinJWTKeyLife || a.jwtKeyLife > MaxJWTKeyLife:
+		return nil, fmt.Errorf("ca: options: JWTKeyLife %s must be from %s to %s", a.jwtKeyLife, MinJWTKeyLife, MaxJWTKeyLife)
 	case opts.Dir == "":
 		return nil, errors.New("ca: options: Dir is empty; name a directory for keys and the issuance log")
 	case a.td.IsZero():
@@ -147,7 +168,24 @@ func (a *Authority) open(rootTTL time.Duration) error {
 	if a.linter, err = newLinter(a.td, a.now()); err != nil {
 		return err
 	}
-	return a.openIntermediate()
+	if err := a.openIntermediate(); err != nil {
+		return err
+	}
+	return a.openJWTKeys()
+}
+
+// openJWTKeys takes up the stored keys. A store elsewhere may be away for now.
+func (a *Authority) openJWTKeys() error {
+	elsewhere := a.jwtStore != nil
+	if !elsewhere {
+		a.jwtStore = newJWTKeyFile(a.dir)
+	}
+	err := a.turnJWTKeys(context.Background())
+	if err != nil && elsewhere {
+		a.log.Error("no JWT-SVID can be issued until the JWT keys can be read", "err", err)
+		return nil
+	}
+	return err
 }
 
 func (a *Authority) openRoot(ttl time.Duration) (*pair, error) {

@@ -29,20 +29,27 @@ const (
 	OutcomeUnknown Outcome = "unknown"
 )
 
+// KindJWT is the kind of a JWT-SVID; a certificate's is empty.
+const KindJWT = "jwt"
+
 // Entry is one issuance.
 type Entry struct {
-	Time     time.Time `json:"time"`   // of the intent
-	Serial   string    `json:"serial"` // lower-case hexadecimal
+	Time     time.Time `json:"time"`           // of the intent
+	Kind     string    `json:"kind,omitempty"` // empty or KindJWT
+	Serial   string    `json:"serial"`         // lower-case hexadecimal; a token's jti
 	ID       string    `json:"id"`
 	Node     string    `json:"node,omitempty"`     // on whose behalf
 	Workload string    `json:"workload,omitempty"` // namespace/name
 
 	NotBefore time.Time `json:"notBefore"`
 	NotAfter  time.Time `json:"notAfter"`
-	// Issuer is the subject key id of the signing certificate, hexadecimal.
+	// Issuer is the subject key id of the signing certificate, hexadecimal, or
+	// the kid of a token.
 	Issuer string `json:"issuer"`
 	// KeySHA256 is the digest of the certified public key (SPKI), hexadecimal.
-	KeySHA256 string `json:"keySHA256"`
+	KeySHA256 string `json:"keySHA256,omitempty"`
+	// Audience is who a token is for.
+	Audience []string `json:"audience,omitempty"`
 
 	Outcome Outcome `json:"outcome"`
 	// CertSHA256 is the digest of the certificate, hexadecimal, once issued.
@@ -51,10 +58,12 @@ type Entry struct {
 }
 
 // line is one line of the file. An intent has all but the last two fields, an
-// outcome has time, serial and one of the last two.
+// outcome has time, serial and, of a certificate or a failure, one of the last
+// two.
 type line struct {
 	Event      string    `json:"event"` // intent, issued, failed
 	Time       time.Time `json:"time"`
+	Kind       string    `json:"kind,omitempty"`
 	Serial     string    `json:"serial"`
 	ID         string    `json:"id,omitempty"`
 	Node       string    `json:"node,omitempty"`
@@ -63,6 +72,7 @@ type line struct {
 	NotAfter   time.Time `json:"notAfter,omitzero"`
 	Issuer     string    `json:"issuer,omitempty"`
 	KeySHA256  string    `json:"keySHA256,omitempty"`
+	Audience   []string  `json:"audience,omitempty"`
 	CertSHA256 string    `json:"certSHA256,omitempty"`
 	Error      string    `json:"error,omitempty"`
 }
@@ -271,8 +281,8 @@ func (l *Log) read(want func(*line) bool) ([]Entry, error) {
 			if want(&e) {
 				index[e.Serial] = len(out)
 				out = append(out, Entry{
-					Time: e.Time, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
-					NotBefore: e.NotBefore, NotAfter: e.NotAfter, Issuer: e.Issuer, KeySHA256: e.KeySHA256,
+					Time: e.Time, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
+					NotBefore: e.NotBefore, NotAfter: e.NotAfter, Issuer: e.Issuer, KeySHA256: e.KeySHA256, Audience: e.Audience,
 					Outcome: OutcomeUnknown,
 				})
 			}

@@ -87,38 +87,53 @@ func resolve(s *mesh.State, node string, addr netip.AddrPort) (destination, bool
 // not known.
 func linkLocal6(a netip.Addr) bool { return a.Is6() && a.IsLinkLocalUnicast() }
 
+// resolveService finds the endpoints as kube-proxy does: those that end are
+// called where, for this port and this caller's node, there is no other.
 func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.AddrPort) (destination, bool) {
 	for i, p := range svc.Ports {
 		if p.Port != vip.Port() {
 			continue
 		}
 		out := destination{affinity: svc.Affinity}
+		var ending []hop
 		for j := range svc.Endpoints {
 			e := &svc.Endpoints[j]
 			target, ok := e.Target(svc, i)
 			if !ok || svc.Local && e.Node != node {
 				continue
 			}
-			if e.Workload == "" {
-				if e.Addr.Is4() == vip.Addr().Is4() {
-					out.hops = append(out.hops, hop{addr: netip.AddrPortFrom(e.Addr, target)})
-				}
-				continue
+			h, ok := endpointHop(s, e, target, vip.Addr().Is4())
+			switch {
+			case !ok:
+			case e.Ending:
+				ending = append(ending, h)
+			default:
+				out.hops = append(out.hops, h)
 			}
-			w := s.Workload(e.Workload)
-			if w == nil || w.Capture == nil {
-				continue
-			}
-			for _, a := range w.Capture.Addrs {
-				if a.Is4() == vip.Addr().Is4() {
-					out.hops = append(out.hops, hop{netip.AddrPortFrom(a, target), meshed(s, w)})
-					break
-				}
-			}
+		}
+		if len(out.hops) == 0 {
+			out.hops = ending
 		}
 		return out, true
 	}
 	return destination{}, false
+}
+
+// endpointHop is where an endpoint is reached by a family, if it is.
+func endpointHop(s *mesh.State, e *mesh.Endpoint, port uint16, four bool) (hop, bool) {
+	if e.Workload == "" {
+		return hop{addr: netip.AddrPortFrom(e.Addr, port)}, e.Addr.Is4() == four
+	}
+	w := s.Workload(e.Workload)
+	if w == nil || w.Capture == nil {
+		return hop{}, false
+	}
+	for _, a := range w.Capture.Addrs {
+		if a.Is4() == four {
+			return hop{netip.AddrPortFrom(a, port), meshed(s, w)}, true
+		}
+	}
+	return hop{}, false
 }
 
 // meshed returns w if connections to it must go through a tunnel.

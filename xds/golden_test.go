@@ -200,7 +200,8 @@ func TestNoPlainWayToEnrolled(t *testing.T) {
 
 // TestServiceKeepsToTheNode: internalTrafficPolicy: Local means the caller's
 // node and no other; session affinity chooses by the caller's address; an
-// endpoint may have a port of its own, or not serve a port at all.
+// endpoint may have a port of its own, or not serve a port at all; one that ends
+// serves where the caller's node and the port have no other.
 func TestServiceKeepsToTheNode(t *testing.T) {
 	v := view(t, "shop.yaml")
 	s := *v.State.ServiceAt(netip.MustParseAddr("10.96.0.1"))
@@ -210,6 +211,10 @@ func TestServiceKeepsToTheNode(t *testing.T) {
 	s.Endpoints = []mesh.Endpoint{
 		{Addr: netip.MustParseAddr("192.0.2.1"), Node: "n1", Targets: []uint16{1080, 0}},
 		{Addr: netip.MustParseAddr("192.0.2.2"), Node: "n2"},
+		{Addr: netip.MustParseAddr("192.0.2.3"), Node: "n2", Ending: true},
+		{Addr: netip.MustParseAddr("192.0.2.4"), Node: "n4", Ending: true},
+		{Addr: netip.MustParseAddr("192.0.2.5"), Node: "n5", Targets: []uint16{8080, 0}},
+		{Addr: netip.MustParseAddr("192.0.2.6"), Node: "n5", Ending: true},
 	}
 	v.State = &mesh.State{TrustDomain: v.State.TrustDomain, Services: []mesh.Service{s}}
 	for _, c := range []struct {
@@ -218,6 +223,7 @@ func TestServiceKeepsToTheNode(t *testing.T) {
 		want string
 	}{
 		{"n1", 80, "192.0.2.1:1080"}, {"n1", 81, ""}, {"n2", 80, "192.0.2.2:8080"}, {"n2", 81, "192.0.2.2:8081"}, {"n3", 80, ""},
+		{"n4", 80, "192.0.2.4:8080"}, {"n5", 80, "192.0.2.5:8080"}, {"n5", 81, "192.0.2.6:8081"},
 	} {
 		d, ok := resolve(v.State, c.node, netip.AddrPortFrom(vip, c.port))
 		var hops []string

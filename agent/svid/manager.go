@@ -3,6 +3,7 @@ package svid
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/x509"
 	"log/slog"
 	"maps"
@@ -11,7 +12,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/time/rate"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -31,6 +34,8 @@ const DefaultWorkers = 16
 // Config configures a Manager.
 type Config struct {
 	Issuer Issuer
+	// JWTIssuer issues tokens. Nil means that there are none.
+	JWTIssuer JWTIssuer
 	// Dir keeps certificates and keys over a restart; it is made with mode
 	// 0700. Empty keeps them in memory only.
 	Dir string
@@ -50,8 +55,12 @@ type State struct {
 	TrustDomain spiffeid.TrustDomain
 	// Bundle is the full set of the trust domain's roots.
 	Bundle []*x509.Certificate
+	// JWTKeys are the keys that verify the trust domain's JWT-SVIDs, by kid.
+	JWTKeys map[string]crypto.PublicKey
 	// Workloads are the node's enrolled workloads.
 	Workloads []mesh.Workload
+	// Quarantined names the quarantine that cuts an identity off. Nil: none is.
+	Quarantined func(spiffeid.ID) (quarantine string, cut bool)
 	// TTL is the lifetime the control plane now gives. Certificates that
 	// would outlive it are renewed when it has changed. Zero: not looked at.
 	TTL time.Duration
@@ -60,12 +69,13 @@ type State struct {
 // Manager holds one SVID for each SPIFFE ID on the node. It is safe for
 // concurrent use.
 type Manager struct {
-	issuer Issuer
-	now    func() time.Time
-	jitter func() float64
-	log    *slog.Logger
-	cache  *cache        // nil: memory only
-	slots  chan struct{} // one for each request under way
+	issuer    Issuer
+	jwtIssuer JWTIssuer // nil: no tokens
+	now       func() time.Time
+	jitter    func() float64
+	log       *slog.Logger
+	cache     *cache        // nil: memory only
+	slots     chan struct{} // one for each request under way
 
 	updated chan struct{} // holds one signal: Update was called
 	sooner  chan struct{} // holds one signal: nextExpiry moved closer
@@ -73,14 +83,17 @@ type Manager struct {
 	mu         sync.Mutex
 	td         spiffeid.TrustDomain    // guarded by mu
 	bundle     []*x509.Certificate     // guarded by mu; replaced whole, never edited
+	jwtKeys    *jwtbundle.Bundle       // guarded by mu; replaced whole, never edited
 	ttl        time.Duration           // guarded by mu
+	cutOff     cutOff                  // guarded by mu; nil: nobody is
 	known      bool                    // guarded by mu; Update was called
 	holders    map[spiffeid.ID]*holder // guarded by mu
 	nextExpiry time.Time               // guarded by mu; no certificate expires before; zero: none held
 	changed    chan struct{}           // guarded by mu; closed and replaced on each change
 }
 
-// holder is one identity. All fields but wake are guarded by Manager.mu.
+// holder is one identity. All fields but wake and tokenRate are guarded by
+// Manager.mu.
 type holder struct {
 	id        spiffeid.ID
 	workloads []string // never empty; replaced whole
@@ -89,7 +102,17 @@ type holder struct {
 	failures  int    // in a row
 	lastErr   string // of the newest attempt or the expiry; empty after a success
 
+	tokens    map[string]*slot // by audiences; in memory only
+	tokenRate *rate.Limiter    // of requests for tokens; safe for concurrent use
+
 	wake chan struct{} // holds one signal: attemptAt moved closer
+}
+
+func newHolder(id spiffeid.ID, workloads []string, attemptAt time.Time) *holder {
+	return &holder{
+		id: id, workloads: workloads, attemptAt: attemptAt,
+		tokenRate: rate.NewLimiter(tokenRate, tokenBurst), wake: make(chan struct{}, 1),
+	}
 }
 
 func (h *holder) poke() { signal(h.wake) }
@@ -105,7 +128,8 @@ func signal(c chan struct{}) {
 // still valid. Trouble with the cache is logged and does not stop it.
 func New(c Config) *Manager {
 	m := &Manager{
-		issuer: c.Issuer, now: c.Now, jitter: c.Jitter, log: c.Log,
+		issuer: c.Issuer, jwtIssuer: c.JWTIssuer, now: c.Now, jitter: c.Jitter, log: c.Log,
+		jwtKeys: jwtbundle.New(spiffeid.TrustDomain{}),
 		slots:   make(chan struct{}, cmp.Or(c.Workers, DefaultWorkers)),
 		updated: make(chan struct{}, 1),
 		sooner:  make(chan struct{}, 1),
@@ -133,10 +157,9 @@ func (m *Manager) restore() {
 	td, bundle, svids := m.cache.load(now)
 	m.td, m.bundle = td, bundle
 	for _, s := range svids {
-		m.holders[s.ID] = &holder{
-			id: s.ID, workloads: s.Workloads, current: s, attemptAt: s.RenewAt,
-			wake: make(chan struct{}, 1),
-		}
+		h := newHolder(s.ID, s.Workloads, s.RenewAt)
+		h.current = s
+		m.holders[s.ID] = h
 		m.expiresAt(s.NotAfter)
 	}
 }
@@ -159,9 +182,11 @@ func (m *Manager) Update(s State) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	sameRoots := slices.EqualFunc(m.bundle, s.Bundle, (*x509.Certificate).Equal)
-	changed := !m.known || !sameRoots || m.td != s.TrustDomain
+	jwtKeys := jwtbundle.FromJWTAuthorities(s.TrustDomain, s.JWTKeys)
+	changed := !m.known || !sameRoots || m.td != s.TrustDomain || !jwtKeys.Equal(m.jwtKeys)
 	newTTL := s.TTL > 0 && s.TTL != m.ttl
-	m.known, m.td, m.bundle, m.ttl = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL
+	m.known, m.td, m.bundle, m.ttl, m.jwtKeys = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL, jwtKeys
+	m.cutOff = s.Quarantined
 
 	for id := range m.holders {
 		if _, ok := wanted[id]; !ok {
@@ -174,7 +199,7 @@ func (m *Manager) Update(s State) {
 		workloads = slices.Compact(workloads)
 		h := m.holders[id]
 		if h == nil {
-			m.holders[id] = &holder{id: id, workloads: workloads, attemptAt: now, wake: make(chan struct{}, 1)}
+			m.holders[id] = newHolder(id, workloads, now)
 			continue // there is nothing to see before the certificate is there
 		}
 		if !slices.Equal(h.workloads, workloads) {
@@ -253,7 +278,7 @@ func (m *Manager) Bundle() []*x509.Certificate {
 }
 
 // Changed returns a channel that is closed at the next change of what Get,
-// All and Bundle answer. Take it before reading them, so that no change is
+// All, Bundle and JWTBundle answer. Take it before reading them, so that no change is
 // missed.
 func (m *Manager) Changed() <-chan struct{} {
 	m.mu.Lock()

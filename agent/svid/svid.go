@@ -1,6 +1,7 @@
-// Package svid holds the node's X.509-SVIDs: it makes the keys, asks for the
+// Package svid holds the node's SVIDs: it makes the keys, asks for the
 // certificates, renews them in time, and keeps a copy on disk so that a
 // restart of the agent needs no control plane. Keys never leave the node.
+// JWT-SVIDs are asked for when they are wanted, and kept in memory.
 package svid
 
 import (

@@ -34,6 +34,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/attest"
 	"github.com/signet-mesh/signet/agent/svid"
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -53,6 +54,9 @@ type issuer struct {
 	ids    map[string]spiffeid.ID
 	refuse error
 	serial int64
+	tokens *ca.Authority
+	noKeys bool   // the bundle has none
+	before func() // called once, before the next token
 }
 
 func newIssuer(t testing.TB) *issuer {
@@ -74,7 +78,50 @@ func newIssuer(t testing.TB) *issuer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &issuer{root: root, key: key, ttl: time.Hour, ids: map[string]spiffeid.ID{}}
+	tokens, err := ca.Open(ca.Options{Dir: filepath.Join(t.TempDir(), "ca"), TrustDomain: td})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tokens.Close() })
+	return &issuer{root: root, key: key, ttl: time.Hour, ids: map[string]spiffeid.ID{}, tokens: tokens}
+}
+
+// IssueJWT refuses as the control plane does.
+func (i *issuer) IssueJWT(_ context.Context, w string, audience []string) (string, error) {
+	i.mu.Lock()
+	id, tokens, refuse, before := i.ids[w], i.tokens, i.refuse, i.before
+	i.before = nil
+	i.mu.Unlock()
+	if before != nil {
+		before()
+	}
+	if refuse != nil {
+		return "", refuse
+	}
+	p, err := tokens.PrepareJWT(ca.JWTRequest{ID: id, Audience: audience})
+	if err != nil {
+		return "", status.Error(codes.InvalidArgument, err.Error())
+	}
+	issued, err := tokens.IssueJWT(p)
+	if err != nil {
+		return "", err
+	}
+	return issued.Token, nil
+}
+
+// jwtKeys is the JWT bundle.
+func (i *issuer) jwtKeys() map[string]crypto.PublicKey {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	out := map[string]crypto.PublicKey{}
+	if i.noKeys {
+		return out
+	}
+	keys, _ := i.tokens.JWTKeys()
+	for _, k := range keys {
+		out[k.ID] = k.Key
+	}
+	return out
 }
 
 func (i *issuer) Issue(_ context.Context, w string, csr []byte) ([][]byte, error) {
@@ -101,6 +148,9 @@ func (i *issuer) Issue(_ context.Context, w string, csr []byte) ([][]byte, error
 	return [][]byte{der}, err
 }
 
+// slow has f called while the next token is asked for.
+func (i *issuer) slow(f func()) { i.set(func(i *issuer) { i.before = f }) }
+
 func (i *issuer) set(f func(*issuer)) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -117,6 +167,7 @@ type agent struct {
 	attestor *attest.Attestor
 	ready    atomic.Bool
 	perUID   int
+	cutOff   spiffeid.ID // quarantined
 	log      *logText
 
 	stopServer context.CancelFunc
@@ -173,7 +224,7 @@ func startAgent(t *testing.T, edit func(*agent), rules ...rule) *agent {
 		edit(a)
 	}
 	log := slog.New(slog.NewTextHandler(a.log, nil))
-	a.svids = svid.New(svid.Config{Issuer: a.issuer, Log: log})
+	a.svids = svid.New(svid.Config{Issuer: a.issuer, JWTIssuer: a.issuer, Log: log})
 	a.set(rules...)
 	ln, err := net.Listen("unix", a.socket)
 	if err != nil {
@@ -215,7 +266,8 @@ func (a *agent) set(rules ...rule) {
 		a.issuer.set(func(i *issuer) { i.ids[w.Key()] = w.ID })
 	}
 	a.attestor.SetWorkloads(ws)
-	a.svids.Update(svid.State{TrustDomain: td, Bundle: []*x509.Certificate{a.issuer.root}, Workloads: ws})
+	a.svids.Update(svid.State{TrustDomain: td, Bundle: []*x509.Certificate{a.issuer.root}, JWTKeys: a.issuer.jwtKeys(), Workloads: ws,
+		Quarantined: func(id spiffeid.ID) (string, bool) { return "cut", !a.cutOff.IsZero() && id == a.cutOff }})
 }
 
 func (a *agent) option() workloadapi.SourceOption {

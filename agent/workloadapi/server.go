@@ -1,6 +1,6 @@
-// Package workloadapi serves the SPIFFE Workload API on a unix socket: X.509
-// SVIDs and bundles, for the workloads that the calling process is attested
-// to be. The JWT and WIT methods answer Unimplemented.
+// Package workloadapi serves the SPIFFE Workload API on a unix socket: SVIDs and
+// bundles, X.509 and JWT, for the workloads that the calling process is attested
+// to be. The optional WIT profile answers Unimplemented.
 package workloadapi
 
 import (

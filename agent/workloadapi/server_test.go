@@ -20,6 +20,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/descriptorpb"
 
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -268,27 +270,24 @@ func TestHeader(t *testing.T) {
 				_, err = b.Recv()
 			}
 			ends(t, err, codes.InvalidArgument, header)
-			_, err = c.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{})
+			_, err = c.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"x"}})
+			ends(t, err, codes.InvalidArgument, header)
+			_, err = c.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "x", Svid: "x"})
+			ends(t, err, codes.InvalidArgument, header)
+			j, err := c.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+			if err == nil {
+				_, err = j.Recv()
+			}
 			ends(t, err, codes.InvalidArgument, header)
 		})
 	}
 }
 
-// What this version does not offer says so, so that clients do not retry for
-// ever in the hope of better.
+// The optional profile that is not offered says so, so that clients do not
+// retry for ever in the hope of better.
 func TestUnimplemented(t *testing.T) {
 	a := startAgent(t, nil, rule{"web", "web", self(t)})
-	c := a.client()
-	_, err := c.FetchJWTSVID(call(t), &workload.JWTSVIDRequest{Audience: []string{"x"}})
-	ends(t, err, codes.Unimplemented, "")
-	_, err = c.ValidateJWTSVID(call(t), &workload.ValidateJWTSVIDRequest{})
-	ends(t, err, codes.Unimplemented, "")
-	j, err := c.FetchJWTBundles(call(t), &workload.JWTBundlesRequest{})
-	if err == nil {
-		_, err = j.Recv()
-	}
-	ends(t, err, codes.Unimplemented, "")
-	w, err := c.FetchWITSVID(call(t), &workload.WITSVIDRequest{})
+	w, err := a.client().FetchWITSVID(call(t), &workload.WITSVIDRequest{})
 	if err == nil {
 		_, err = w.Recv()
 	}
@@ -428,6 +427,40 @@ func TestConnectionBound(t *testing.T) {
 		}
 	}
 	t.Error("closing a connection made no room")
+}
+
+// The service has the methods of the specification and no other; what else there
+// is to offer is a service of its own.
+func TestMethods(t *testing.T) {
+	a := startAgent(t, nil)
+	s, err := reflectionpb.NewServerReflectionClient(a.dial()).ServerReflectionInfo(call(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(&reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "SpiffeWorkloadAPI"}}); err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var methods []string
+	for _, raw := range m.GetFileDescriptorResponse().GetFileDescriptorProto() {
+		var file descriptorpb.FileDescriptorProto
+		if err := proto.Unmarshal(raw, &file); err != nil {
+			t.Fatal(err)
+		}
+		for _, service := range file.GetService() {
+			for _, method := range service.GetMethod() {
+				methods = append(methods, method.GetName())
+			}
+		}
+	}
+	slices.Sort(methods)
+	want := []string{"FetchJWTBundles", "FetchJWTSVID", "FetchWITBundles", "FetchWITSVID", "FetchX509Bundles", "FetchX509SVID", "ValidateJWTSVID"}
+	if !slices.Equal(methods, want) {
+		t.Errorf("methods %v, want %v", methods, want)
+	}
 }
 
 // Programs find out what the socket speaks; that needs no header.

@@ -163,7 +163,7 @@ func testDocuments(t *testing.T, admin dynamic.Interface) {
 	long := strings.Repeat("a", 254)
 	for _, test := range []struct{ document, message string }{
 		{policy(`{from: [{serviceAccount: client}]}`), ""},
-		{policy(`{target: {serviceAccount: web.v2}, ports: [80, 443], from: [{serviceAccount: ops/backup}, {namespace: mon}, {spiffeID: "spiffe://other.example/ns/*/sa/x"}]}`), ""},
+		{policy(`{target: {serviceAccount: web.v2}, ports: [80, 443], from: [{serviceAccount: ops/backup}, {namespace: mon}, {spiffeID: "spiffe://td/ns/*/sa/x"}]}`), ""},
 		{policy(`{from: [{spiffeID: "spiffe://td/*"}]}`), ""},
 		{policy(`{from: []}`), "spec.from in body should have at least 1 items"},
 		{policy(`{}`), "spec.from: Required value"},

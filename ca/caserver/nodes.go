@@ -14,7 +14,8 @@ import (
 // node is what is known about a node that has proven its name. Entries are
 // never removed: their number is that of the nodes that ever joined.
 type node struct {
-	limiter *rate.Limiter // safe for concurrent use
+	limiter *rate.Limiter // of certificates; safe for concurrent use
+	tokens  *rate.Limiter // of JWT-SVIDs; safe for concurrent use
 
 	streams  int                      // guarded by Server.mu; open Watch calls
 	revision string                   // guarded by Server.mu; the newest that the node has reported
@@ -36,7 +37,7 @@ func (s *Server) node(name string) *node {
 func (s *Server) nodeLocked(name string) *node {
 	n := s.nodes[name]
 	if n == nil {
-		n = &node{limiter: rate.NewLimiter(s.rate, s.burst), since: s.now()}
+		n = &node{limiter: rate.NewLimiter(s.rate, s.burst), tokens: rate.NewLimiter(s.rate, s.burst), since: s.now()}
 		s.nodes[name] = n
 	}
 	return n

@@ -84,6 +84,19 @@ func nodeState(view *mesh.View, name string, bundle []*x509.Certificate) *nodev1
 	return out
 }
 
+// jwtKeyMessages encodes the JWT bundle.
+func jwtKeyMessages(keys []ca.JWTKey) ([]*nodev1.JWTKey, error) {
+	out := make([]*nodev1.JWTKey, len(keys))
+	for i, k := range keys {
+		der, err := x509.MarshalPKIXPublicKey(k.Key)
+		if err != nil {
+			return nil, err
+		}
+		out[i] = &nodev1.JWTKey{KeyId: k.ID, PublicKey: der}
+	}
+	return out, nil
+}
+
 // appendWide adds the patterns that a proxy cannot compare by itself: those
 // that are neither one identity nor every service account of one namespace.
 func appendWide(wide, patterns []authz.Pattern) []authz.Pattern {

@@ -38,7 +38,7 @@ type Config struct {
 	// again. Zero means DefaultNodeTTL.
 	NodeTTL time.Duration
 	// Rate is how many certificates a second each node may ask for, Burst how
-	// many at once. Zero means the default.
+	// many at once, and how many tokens beside. Zero means the default.
 	Rate  float64
 	Burst int
 	// XDSVersion returns the content hash of a node's resources in a view, by
@@ -183,23 +183,9 @@ func (s *Server) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.I
 	if !s.node(name).limiter.AllowN(s.now(), 1) {
 		return nil, s.refuseRate(ctx, "Issue", name)
 	}
-	view, _ := s.feed.Get()
-	if view == nil || view.State == nil {
-		return nil, s.refuse(ctx, "Issue", name, codes.Unavailable, "the control plane has not read its documents yet; try again")
-	}
-	// One answer for a workload elsewhere and one that does not exist: a node
-	// learns nothing about others.
-	w := view.State.Workload(req.GetWorkload())
-	if w == nil || w.Node != name {
-		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "workload %s is not on node %q", quote(req.GetWorkload()), name)
-	}
-	// A pod that was replaced by another of its name gets nothing: the name
-	// alone would let its node go on in the name of the next one.
-	if w.UID != "" && req.GetUid() != w.UID {
-		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "uid: workload %s is not pod %s", quote(w.Key()), quote(req.GetUid()))
-	}
-	if view.State.Mode(w.Namespace) == mesh.ModeOff {
-		return nil, s.refuse(ctx, "Issue", name, codes.PermissionDenied, "namespace %q of workload %q is off; annotate it with signet.dev/mesh: enforce or observe", w.Namespace, w.Key())
+	w, view, err := s.onBehalf(ctx, "Issue", name, req)
+	if err != nil {
+		return nil, err
 	}
 	chain, err := s.issue(ctx, "Issue", ca.Request{ID: w.ID, CSR: req.GetCsr(), TTL: view.State.SVIDTTL, Node: name, Workload: w.Key()})
 	if err != nil {
@@ -226,7 +212,7 @@ func (s *Server) issue(ctx context.Context, call string, req ca.Request) ([][]by
 }
 
 func (s *Server) refuseRate(ctx context.Context, call, name string) error {
-	return s.refuse(ctx, call, name, codes.ResourceExhausted, "node %q asks for more than %g certificates a second; wait and try again", name, float64(s.rate))
+	return s.refuse(ctx, call, name, codes.ResourceExhausted, "node %q makes more than %g of these calls a second; wait and try again", name, float64(s.rate))
 }
 
 func rawCerts(certs []*x509.Certificate) [][]byte {

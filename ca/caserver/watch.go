@@ -15,7 +15,7 @@ import (
 )
 
 // Watch streams the calling node's part of the newest view: at once, and
-// whenever the view or the bundle changed in a way that this node can see. Of
+// whenever the view or a bundle changed in a way that this node can see. Of
 // a change elsewhere it hears the revision, within revisionDelay.
 // It sends nothing before the first view. A node that reads slowly skips to
 // the newest state.
@@ -36,11 +36,17 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 	var last *nodev1.NodeState
 	var late <-chan time.Time // when a new revision alone is told; nil: none waits
 	overdue := false          // it is told now
+	var err error
 	for {
 		view, viewChanged := s.feed.Get()
 		bundle, bundleChanged := s.authority.BundleUpdates()
+		jwtKeys, jwtKeysChanged := s.authority.JWTKeys()
 		if view != nil && view.State != nil {
 			state := nodeState(view, name, bundle)
+			if state.JwtKeys, err = jwtKeyMessages(jwtKeys); err != nil {
+				s.log.ErrorContext(ctx, "a JWT key cannot be encoded", "err", err)
+				return status.Error(codes.Internal, "a JWT key cannot be encoded; see the control plane's log")
+			}
 			if s.xdsVersion != nil {
 				state.XdsVersion = s.xdsVersion(view, name)
 			}
@@ -60,6 +66,7 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		select {
 		case <-viewChanged:
 		case <-bundleChanged:
+		case <-jwtKeysChanged:
 		case <-late:
 			late, overdue = nil, true
 		case <-ctx.Done():

@@ -13,7 +13,9 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+	"time"
 
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/control"
 	"github.com/signet-mesh/signet/internal/fanout"
 	"github.com/signet-mesh/signet/internal/kube"
@@ -38,6 +40,7 @@ type options struct {
 	kubeconfig, namespace             string
 	listen, admin, health             string
 	identity                          string
+	jwtKeyLife                        time.Duration
 	json                              bool
 }
 
@@ -59,6 +62,7 @@ func run(ctx context.Context, args []string) error {
 	f.StringVar(&o.listen, "listen", "", "where nodes connect: host:port or an absolute path (default :9443, or control.sock in --run-dir)")
 	f.StringVar(&o.admin, "admin-listen", "", "where the operator connects (default 127.0.0.1:9441, or control-admin.sock in --run-dir)")
 	f.StringVar(&o.health, "health-listen", "", "serves /healthz, /readyz and /metrics (default :9440, or nowhere)")
+	f.DurationVar(&o.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
 	f.BoolVar(&o.json, "log-json", false, "log lines of JSON")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -86,6 +90,7 @@ func (o *options) onMachine(ctx context.Context, log *slog.Logger) error {
 		Listen:       or(o.listen, filepath.Join(o.runDir, "control.sock")),
 		AdminListen:  or(o.admin, filepath.Join(o.runDir, "control-admin.sock")),
 		HealthListen: o.health,
+		JWTKeyLife:   o.jwtKeyLife,
 		Log:          log,
 	}
 	return control.Run(ctx, cfg)
@@ -109,6 +114,8 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		HealthListen: or(o.health, ":9440"),
 		Tokens:       kube.NewJoiner(client, o.namespace),
 		PlaceRoot:    kube.NewRoot(client, o.namespace, log).Place,
+		JWTKeys:      kube.NewJWTKeys(client, o.namespace),
+		JWTKeyLife:   o.jwtKeyLife,
 		Log:          log,
 	}
 	cfg.Agents = func() []fanout.Node { return watcher.Agents(o.namespace) }

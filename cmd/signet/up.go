@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/control"
 	"github.com/signet-mesh/signet/internal/manifest"
@@ -29,6 +30,7 @@ type meshFlags struct {
 	concurrency int
 	noAudit     bool
 	noProxy     bool
+	jwtKeyLife  time.Duration
 }
 
 func (a *app) newUpCommand() *cobra.Command {
@@ -62,6 +64,7 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 	cmd.Flags().StringVar(&f.node, "node", host, "name of this machine in the mesh")
 	cmd.Flags().StringVar(&f.envoy, "envoy", "", "Envoy program ($"+envEnvoy+", the project's tools, or PATH)")
 	cmd.Flags().IntVar(&f.concurrency, "proxy-threads", 0, "worker threads of the proxy (default: one for each processor)")
+	cmd.Flags().DurationVar(&f.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
 	cmd.Flags().BoolVar(&f.noAudit, "no-audit", false, "keep no audit; for measuring what it costs")
 	cmd.Flags().BoolVar(&f.noProxy, "no-proxy", false, "start no proxy: signet-proxy runs beside, with --run-dir as here and --state-dir that of the agent, 'agent' in the one here")
 	return cmd
@@ -149,7 +152,7 @@ func (m *machine) processes() []supervise.Process {
 }
 
 func (m *machine) control() supervise.Process {
-	args := []string{"--config", m.documents, "--node", m.node, "--state-dir", m.stateDir, "--run-dir", m.runDir}
+	args := []string{"--config", m.documents, "--node", m.node, "--state-dir", m.stateDir, "--run-dir", m.runDir, "--jwt-key-life", m.jwtKeyLife.String()}
 	return supervise.Process{Name: "control", Path: filepath.Join(m.bin, "signet-control"), Args: args, Grace: 5 * time.Second}
 }
 

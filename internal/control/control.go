@@ -68,6 +68,10 @@ type Config struct {
 	// PlaceRoot puts the root's pair into the authority's directory before it
 	// is opened; nil: the authority makes its own.
 	PlaceRoot func(ctx context.Context, dir string, td spiffeid.TrustDomain) error
+	// JWTKeys keeps the keys that sign JWT-SVIDs; nil: a file beside the root's.
+	JWTKeys ca.JWTKeyStore
+	// JWTKeyLife is how long each signs; zero: ca.DefaultJWTKeyLife.
+	JWTKeyLife time.Duration
 	// Attend runs beside the servers, until ctx ends; nil: nothing does.
 	Attend func(ctx context.Context, facts Facts) error
 	// Agents lists the nodes' agents, which are asked for what an operator
@@ -141,7 +145,7 @@ func (c *control) serve(ctx context.Context) error {
 			return err
 		}
 	}
-	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, Log: c.log})
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, Log: c.log})
 	if err != nil {
 		return err
 	}
@@ -176,6 +180,7 @@ func (c *control) serve(ctx context.Context) error {
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(listener) })
+	g.Go(func() error { authority.KeepJWTKeys(ctx); return nil })
 	g.Go(func() error {
 		<-ctx.Done()
 		stopped := make(chan struct{})

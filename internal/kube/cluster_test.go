@@ -162,6 +162,7 @@ func TestOnAPIServer(t *testing.T) {
 	t.Run("watch", func(t *testing.T) { testWatch(t, c, as) })
 	t.Run("join", func(t *testing.T) { testJoin(t, c, as) })
 	t.Run("root", func(t *testing.T) { testRoot(t, c, as) })
+	t.Run("jwt keys", func(t *testing.T) { testJWTKeys(t, c, as) })
 	t.Run("rights", func(t *testing.T) { testRights(t, as) })
 }
 

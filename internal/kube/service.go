@@ -108,10 +108,11 @@ type candidate struct {
 	endpoint *discoveryv1.Endpoint
 	addr     netip.Addr
 	targets  []uint16
+	ending   bool
 }
 
-// endpoints chooses as kube-proxy does: the ready ones; when there is none,
-// those that still serve while they end.
+// endpoints chooses those that kube-proxy would: the ready ones, and those that
+// still serve while they end.
 func (c *services) endpoints(in *corev1.Service, out *mesh.Service, from []*discoveryv1.EndpointSlice) ([]mesh.Endpoint, []string) {
 	var ready, ending []candidate
 	for _, slice := range from {
@@ -128,7 +129,7 @@ func (c *services) endpoints(in *corev1.Service, out *mesh.Service, from []*disc
 			if err != nil {
 				continue
 			}
-			k := candidate{e, addr.Unmap(), targets}
+			k := candidate{endpoint: e, addr: addr.Unmap(), targets: targets}
 			isReady := e.Conditions.Ready == nil || *e.Conditions.Ready
 			serving := e.Conditions.Serving == nil && isReady || e.Conditions.Serving != nil && *e.Conditions.Serving
 			terminating := e.Conditions.Terminating != nil && *e.Conditions.Terminating
@@ -136,18 +137,16 @@ func (c *services) endpoints(in *corev1.Service, out *mesh.Service, from []*disc
 			case isReady:
 				ready = append(ready, k)
 			case serving && terminating:
+				k.ending = true
 				ending = append(ending, k)
 			}
 		}
 	}
-	if len(ready) == 0 {
-		ready = ending
-	}
 	var result []mesh.Endpoint
 	var needs []string
 	at := map[any]int{} // workload key or address -> index in result
-	for _, k := range ready {
-		e := mesh.Endpoint{Targets: k.targets}
+	for _, k := range append(ready, ending...) {
+		e := mesh.Endpoint{Targets: k.targets, Ending: k.ending}
 		if k.endpoint.NodeName != nil {
 			e.Node = *k.endpoint.NodeName
 		}
@@ -168,7 +167,9 @@ func (c *services) endpoints(in *corev1.Service, out *mesh.Service, from []*disc
 			e.Addr, id = k.addr, k.addr
 		}
 		if i, twice := at[id]; twice { // of another family, or in two slices
-			result[i].Targets = merged(result[i].Targets, e.Targets)
+			if result[i].Ending == e.Ending { // else what is ready counts
+				result[i].Targets = merged(result[i].Targets, e.Targets)
+			}
 			continue
 		}
 		at[id] = len(result)

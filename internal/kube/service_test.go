@@ -66,6 +66,9 @@ func show(s *mesh.State, key string) string {
 			if text == "" {
 				text = e.Addr.String()
 			}
+			if e.Ending {
+				text += "(ending)"
+			}
 			if e.Targets != nil {
 				text += fmt.Sprint(e.Targets)
 			}
@@ -85,8 +88,8 @@ func TestEndpoints(t *testing.T) {
 	}{
 		"ready":                               {[]discoveryv1.Endpoint{end("web-1:u1@10.0.0.1", "rs")}, "shop/web-1"},
 		"not ready":                           {[]discoveryv1.Endpoint{end("web-1:u1@10.0.0.1", "")}, ""},
-		"ready before terminating":            {[]discoveryv1.Endpoint{end("web-1:u1@10.0.0.1", "rs"), end("web-2:u2@10.0.0.2", "st")}, "shop/web-1"},
-		"only terminating ones serve":         {[]discoveryv1.Endpoint{end("web-1:u1@10.0.0.1", "t"), end("web-2:u2@10.0.0.2", "st")}, "shop/web-2"},
+		"ready before terminating":            {[]discoveryv1.Endpoint{end("web-1:u1@10.0.0.1", "rs"), end("web-2:u2@10.0.0.2", "st")}, "shop/web-1 shop/web-2(ending)"},
+		"only terminating ones serve":         {[]discoveryv1.Endpoint{end("web-1:u1@10.0.0.1", "t"), end("web-2:u2@10.0.0.2", "st")}, "shop/web-2(ending)"},
 		"host network and opted out in plain": {[]discoveryv1.Endpoint{end("host:u3@192.168.0.1", "rs"), end("web-1:u1@10.0.0.1", "rs")}, "192.168.0.1 shop/web-1"},
 		// The slice may be seen before the pod; in plain would be wrong.
 		"pod not known yet":           {[]discoveryv1.Endpoint{end("web-9:u9@10.0.0.9", "rs")}, ""},

@@ -150,6 +150,9 @@ type Endpoint struct {
 	Addr     netip.Addr
 	// Node is where the endpoint runs; empty when not known.
 	Node string
+	// Ending endpoints still serve while they end. They are called only where
+	// there is no other.
+	Ending bool
 	// Targets are the endpoint's own ports, one for each of the service's
 	// Ports; 0 where it does not serve that port. Nil: the service's targets.
 	Targets []uint16

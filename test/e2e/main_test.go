@@ -3,9 +3,20 @@
 package e2e
 
 import (
+	"fmt"
+	"os"
 	"testing"
 
 	"github.com/signet-mesh/signet/test/harness"
 )
 
-func TestMain(m *testing.M) { harness.Main(m) }
+func TestMain(m *testing.M) {
+	if audience := os.Getenv(envVerifier); audience != "" {
+		if err := verify(audience); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	harness.Main(m)
+}

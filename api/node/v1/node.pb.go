@@ -280,6 +280,110 @@ func (x *IssueResponse) GetChain() [][]byte {
 	return nil
 }
 
+type IssueJWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // namespace/name of a workload on the calling node
+	Uid           string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`           // the pod's UID; empty for a workload that has none
+	Audience      []string               `protobuf:"bytes,3,rep,name=audience,proto3" json:"audience,omitempty"` // who the token is for; at least one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTRequest) Reset() {
+	*x = IssueJWTRequest{}
+	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTRequest) ProtoMessage() {}
+
+func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTRequest.ProtoReflect.Descriptor instead.
+func (*IssueJWTRequest) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *IssueJWTRequest) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *IssueJWTRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *IssueJWTRequest) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+type IssueJWTResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // JWS in compact serialization
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTResponse) Reset() {
+	*x = IssueJWTResponse{}
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTResponse) ProtoMessage() {}
+
+func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTResponse.ProtoReflect.Descriptor instead.
+func (*IssueJWTResponse) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *IssueJWTResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The revision in force on the node, so that the control plane can say
@@ -291,7 +395,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -303,7 +407,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -316,7 +420,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *WatchRequest) GetRevision() string {
@@ -340,7 +444,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -352,7 +456,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -365,7 +469,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ReportRequest) GetRevision() string {
@@ -405,7 +509,7 @@ type WorkloadReport struct {
 
 func (x *WorkloadReport) Reset() {
 	*x = WorkloadReport{}
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -417,7 +521,7 @@ func (x *WorkloadReport) String() string {
 func (*WorkloadReport) ProtoMessage() {}
 
 func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -430,7 +534,7 @@ func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadReport.ProtoReflect.Descriptor instead.
 func (*WorkloadReport) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *WorkloadReport) GetWorkload() string {
@@ -469,7 +573,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -481,7 +585,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -494,7 +598,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 // NodeState is all that a node's agent works with.
@@ -518,14 +622,16 @@ type NodeState struct {
 	// UIDs of pods on this node that opted out.
 	ExcludedPods []string `protobuf:"bytes,10,rep,name=excluded_pods,json=excludedPods,proto3" json:"excluded_pods,omitempty"`
 	// SPIFFE ID patterns that are cut off, whatever the policies say.
-	Quarantined   []*Quarantined `protobuf:"bytes,11,rep,name=quarantined,proto3" json:"quarantined,omitempty"`
+	Quarantined []*Quarantined `protobuf:"bytes,11,rep,name=quarantined,proto3" json:"quarantined,omitempty"`
+	// The keys that verify the trust domain's JWT-SVIDs, full set.
+	JwtKeys       []*JWTKey `protobuf:"bytes,12,rep,name=jwt_keys,json=jwtKeys,proto3" json:"jwt_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -537,7 +643,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -550,7 +656,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -630,6 +736,65 @@ func (x *NodeState) GetQuarantined() []*Quarantined {
 	return nil
 }
 
+func (x *NodeState) GetJwtKeys() []*JWTKey {
+	if x != nil {
+		return x.JwtKeys
+	}
+	return nil
+}
+
+type JWTKey struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`             // the kid of the tokens
+	PublicKey     []byte                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // PKIX, DER
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JWTKey) Reset() {
+	*x = JWTKey{}
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JWTKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JWTKey) ProtoMessage() {}
+
+func (x *JWTKey) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
+func (*JWTKey) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *JWTKey) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *JWTKey) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
 type Quarantined struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`             // of the Quarantine
@@ -640,7 +805,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -652,7 +817,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -665,7 +830,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Quarantined) GetName() string {
@@ -698,7 +863,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -710,7 +875,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -723,7 +888,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -796,7 +961,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +973,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +986,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -877,7 +1042,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -889,7 +1054,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -902,7 +1067,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Capture) GetNetns() string {
@@ -939,7 +1104,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1116,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1129,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1020,7 +1185,13 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\"%\n" +
 	"\rIssueResponse\x12\x14\n" +
-	"\x05chain\x18\x01 \x03(\fR\x05chain\"*\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\"[\n" +
+	"\x0fIssueJWTRequest\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x1a\n" +
+	"\baudience\x18\x03 \x03(\tR\baudience\"(\n" +
+	"\x10IssueJWTResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"*\n" +
 	"\fWatchRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\"\x7f\n" +
 	"\rReportRequest\x12\x1a\n" +
@@ -1032,7 +1203,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
 	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
-	"\x0eReportResponse\"\xce\x03\n" +
+	"\x0eReportResponse\"\x81\x04\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
@@ -1048,7 +1219,12 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x13enrolled_namespaces\x18\t \x03(\tR\x12enrolledNamespaces\x12#\n" +
 	"\rexcluded_pods\x18\n" +
 	" \x03(\tR\fexcludedPods\x12=\n" +
-	"\vquarantined\x18\v \x03(\v2\x1b.signet.node.v1.QuarantinedR\vquarantined\"A\n" +
+	"\vquarantined\x18\v \x03(\v2\x1b.signet.node.v1.QuarantinedR\vquarantined\x121\n" +
+	"\bjwt_keys\x18\f \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\">\n" +
+	"\x06JWTKey\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"A\n" +
 	"\vQuarantined\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
@@ -1081,11 +1257,12 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
 	"\x16target_service_account\x18\x03 \x01(\tR\x14targetServiceAccount\x12\x14\n" +
 	"\x05ports\x18\x04 \x03(\rR\x05ports\x12\x12\n" +
-	"\x04from\x18\x05 \x03(\tR\x04from2\xd9\x02\n" +
+	"\x04from\x18\x05 \x03(\tR\x04from2\xa8\x03\n" +
 	"\x04Node\x12=\n" +
 	"\x04Join\x12\x1b.signet.node.v1.JoinRequest\x1a\x18.signet.node.v1.NodeSVID\x12?\n" +
 	"\x05Renew\x12\x1c.signet.node.v1.RenewRequest\x1a\x18.signet.node.v1.NodeSVID\x12D\n" +
-	"\x05Issue\x12\x1c.signet.node.v1.IssueRequest\x1a\x1d.signet.node.v1.IssueResponse\x12B\n" +
+	"\x05Issue\x12\x1c.signet.node.v1.IssueRequest\x1a\x1d.signet.node.v1.IssueResponse\x12M\n" +
+	"\bIssueJWT\x12\x1f.signet.node.v1.IssueJWTRequest\x1a .signet.node.v1.IssueJWTResponse\x12B\n" +
 	"\x05Watch\x12\x1c.signet.node.v1.WatchRequest\x1a\x19.signet.node.v1.NodeState0\x01\x12G\n" +
 	"\x06Report\x12\x1d.signet.node.v1.ReportRequest\x1a\x1e.signet.node.v1.ReportResponseB2Z0github.com/signet-mesh/signet/api/node/v1;nodev1b\x06proto3"
 
@@ -1101,46 +1278,52 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_api_node_v1_node_proto_goTypes = []any{
-	(*JoinRequest)(nil),    // 0: signet.node.v1.JoinRequest
-	(*RenewRequest)(nil),   // 1: signet.node.v1.RenewRequest
-	(*NodeSVID)(nil),       // 2: signet.node.v1.NodeSVID
-	(*IssueRequest)(nil),   // 3: signet.node.v1.IssueRequest
-	(*IssueResponse)(nil),  // 4: signet.node.v1.IssueResponse
-	(*WatchRequest)(nil),   // 5: signet.node.v1.WatchRequest
-	(*ReportRequest)(nil),  // 6: signet.node.v1.ReportRequest
-	(*WorkloadReport)(nil), // 7: signet.node.v1.WorkloadReport
-	(*ReportResponse)(nil), // 8: signet.node.v1.ReportResponse
-	(*NodeState)(nil),      // 9: signet.node.v1.NodeState
-	(*Quarantined)(nil),    // 10: signet.node.v1.Quarantined
-	(*Workload)(nil),       // 11: signet.node.v1.Workload
-	(*Attest)(nil),         // 12: signet.node.v1.Attest
-	(*Capture)(nil),        // 13: signet.node.v1.Capture
-	(*Policy)(nil),         // 14: signet.node.v1.Policy
+	(*JoinRequest)(nil),      // 0: signet.node.v1.JoinRequest
+	(*RenewRequest)(nil),     // 1: signet.node.v1.RenewRequest
+	(*NodeSVID)(nil),         // 2: signet.node.v1.NodeSVID
+	(*IssueRequest)(nil),     // 3: signet.node.v1.IssueRequest
+	(*IssueResponse)(nil),    // 4: signet.node.v1.IssueResponse
+	(*IssueJWTRequest)(nil),  // 5: signet.node.v1.IssueJWTRequest
+	(*IssueJWTResponse)(nil), // 6: signet.node.v1.IssueJWTResponse
+	(*WatchRequest)(nil),     // 7: signet.node.v1.WatchRequest
+	(*ReportRequest)(nil),    // 8: signet.node.v1.ReportRequest
+	(*WorkloadReport)(nil),   // 9: signet.node.v1.WorkloadReport
+	(*ReportResponse)(nil),   // 10: signet.node.v1.ReportResponse
+	(*NodeState)(nil),        // 11: signet.node.v1.NodeState
+	(*JWTKey)(nil),           // 12: signet.node.v1.JWTKey
+	(*Quarantined)(nil),      // 13: signet.node.v1.Quarantined
+	(*Workload)(nil),         // 14: signet.node.v1.Workload
+	(*Attest)(nil),           // 15: signet.node.v1.Attest
+	(*Capture)(nil),          // 16: signet.node.v1.Capture
+	(*Policy)(nil),           // 17: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
-	7,  // 0: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
-	11, // 1: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	14, // 2: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	10, // 3: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	12, // 4: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	13, // 5: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	0,  // 6: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	1,  // 7: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	3,  // 8: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	5,  // 9: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	6,  // 10: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	2,  // 11: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	2,  // 12: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	4,  // 13: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	9,  // 14: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	8,  // 15: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	11, // [11:16] is the sub-list for method output_type
-	6,  // [6:11] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	9,  // 0: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
+	14, // 1: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	17, // 2: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	13, // 3: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	12, // 4: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	15, // 5: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	16, // 6: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	0,  // 7: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	1,  // 8: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	3,  // 9: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	5,  // 10: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	7,  // 11: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	8,  // 12: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	2,  // 13: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	2,  // 14: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	4,  // 15: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	6,  // 16: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	11, // 17: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	10, // 18: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	13, // [13:19] is the sub-list for method output_type
+	7,  // [7:13] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1148,14 +1331,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[12].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[15].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,11 +26,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Node_Join_FullMethodName   = "/signet.node.v1.Node/Join"
-	Node_Renew_FullMethodName  = "/signet.node.v1.Node/Renew"
-	Node_Issue_FullMethodName  = "/signet.node.v1.Node/Issue"
-	Node_Watch_FullMethodName  = "/signet.node.v1.Node/Watch"
-	Node_Report_FullMethodName = "/signet.node.v1.Node/Report"
+	Node_Join_FullMethodName     = "/signet.node.v1.Node/Join"
+	Node_Renew_FullMethodName    = "/signet.node.v1.Node/Renew"
+	Node_Issue_FullMethodName    = "/signet.node.v1.Node/Issue"
+	Node_IssueJWT_FullMethodName = "/signet.node.v1.Node/IssueJWT"
+	Node_Watch_FullMethodName    = "/signet.node.v1.Node/Watch"
+	Node_Report_FullMethodName   = "/signet.node.v1.Node/Report"
 )
 
 // NodeClient is the client API for Node service.
@@ -44,6 +45,8 @@ type NodeClient interface {
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*NodeSVID, error)
 	// Issue signs an SVID for a workload that is on the calling node.
 	Issue(ctx context.Context, in *IssueRequest, opts ...grpc.CallOption) (*IssueResponse, error)
+	// IssueJWT signs a JWT-SVID for a workload that is on the calling node.
+	IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error)
 	// Watch streams the calling node's view. Every message is the full state.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[NodeState], error)
 	// Report tells how far the calling node is.
@@ -82,6 +85,16 @@ func (c *nodeClient) Issue(ctx context.Context, in *IssueRequest, opts ...grpc.C
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(IssueResponse)
 	err := c.cc.Invoke(ctx, Node_Issue_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssueJWTResponse)
+	err := c.cc.Invoke(ctx, Node_IssueJWT_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +141,8 @@ type NodeServer interface {
 	Renew(context.Context, *RenewRequest) (*NodeSVID, error)
 	// Issue signs an SVID for a workload that is on the calling node.
 	Issue(context.Context, *IssueRequest) (*IssueResponse, error)
+	// IssueJWT signs a JWT-SVID for a workload that is on the calling node.
+	IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error)
 	// Watch streams the calling node's view. Every message is the full state.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[NodeState]) error
 	// Report tells how far the calling node is.
@@ -150,6 +165,9 @@ func (UnimplementedNodeServer) Renew(context.Context, *RenewRequest) (*NodeSVID,
 }
 func (UnimplementedNodeServer) Issue(context.Context, *IssueRequest) (*IssueResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Issue not implemented")
+}
+func (UnimplementedNodeServer) IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueJWT not implemented")
 }
 func (UnimplementedNodeServer) Watch(*WatchRequest, grpc.ServerStreamingServer[NodeState]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
@@ -232,6 +250,24 @@ func _Node_Issue_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_IssueJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueJWTRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).IssueJWT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_IssueJWT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).IssueJWT(ctx, req.(*IssueJWTRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Node_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -279,6 +315,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Issue",
 			Handler:    _Node_Issue_Handler,
+		},
+		{
+			MethodName: "IssueJWT",
+			Handler:    _Node_IssueJWT_Handler,
 		},
 		{
 			MethodName: "Report",
