@@ -2,8 +2,11 @@ package kube
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -12,8 +15,9 @@ import (
 	"github.com/signet-mesh/signet/internal/lab"
 )
 
-// inside returns the path of an enrolled pod's network namespace, in which this
-// process calls as the pod's own would, only faster than through kubectl.
+// inside returns the path of a pod's network namespace, in the mesh or not, in
+// which this process calls as the pod's own would, only faster than through
+// kubectl.
 func (b *bench) inside(namespace, name string) string {
 	b.Helper()
 	p, err := b.client.CoreV1().Pods(namespace).Get(b.Context(), name, metav1.GetOptions{})
@@ -24,7 +28,30 @@ func (b *bench) inside(namespace, name string) string {
 	if err != nil {
 		b.Fatal(err)
 	}
-	return root + "/run/signet/netns/" + string(p.UID)
+	pinned := root + "/run/signet/netns/" + string(p.UID)
+	if _, err := os.Stat(pinned); err == nil {
+		return pinned
+	}
+	all, err := filepath.Glob(root + "/run/netns/*")
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, path := range all {
+		found := false
+		// One that goes in between is not the pod's.
+		_ = lab.In(path, func() error {
+			addrs, err := net.InterfaceAddrs()
+			for _, a := range addrs {
+				found = found || strings.HasPrefix(a.String(), p.Status.PodIP+"/")
+			}
+			return err
+		})
+		if found {
+			return path
+		}
+	}
+	b.Fatalf("none of %d network namespaces of %s has the address %q of %s/%s", len(all), p.Spec.NodeName, p.Status.PodIP, namespace, name)
+	return ""
 }
 
 // ask calls a literal address once from the namespace that the calling goroutine
@@ -59,4 +86,35 @@ func (b *bench) answersTo(namespace, name, address string, times int) map[string
 		b.Fatal(err)
 	}
 	return by
+}
+
+// recorded waits until the calls that a pod made since an instant are recorded
+// by both ends with both identities, one server at least by each of them, and
+// fails if any record of them names another identity.
+func (b *bench) recorded(since time.Time, caller, account string, servers ...string) {
+	b.Helper()
+	namespace, _, _ := strings.Cut(caller, "/")
+	b.eventually(20*time.Second, func() string {
+		seen := map[string]bool{}
+		for _, r := range b.audit("--since", since.UTC().Format(time.RFC3339)) {
+			to, mine := strings.CutPrefix(r.Destination.Workload, namespace+"/")
+			if !mine || r.Source.Workload != caller && (r.Side == "source" || r.Source.ID != id(namespace, account)) {
+				continue
+			}
+			if r.Source.ID != id(namespace, account) || r.Verdict == "allowed" && (r.Transport != "mtls" || r.Destination.ID != id(namespace, "server")) {
+				b.Fatalf("a call of %s is recorded as %+v", caller, r)
+			}
+			if r.Verdict == "allowed" {
+				seen[r.Side+" "+to] = true
+			}
+		}
+		for _, s := range servers {
+			for _, side := range []string{"source", "destination"} {
+				if !seen[side+" "+s] {
+					return fmt.Sprintf("no call of %s to %s is recorded at the %s; there is %v", caller, s, side, seen)
+				}
+			}
+		}
+		return ""
+	})
 }

@@ -3,48 +3,61 @@ package kube
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/signet-mesh/signet/internal/lab"
 )
 
-// svc is the documents of a Service with port 80, which pods name "web".
+// svc is the documents of a Service whose ports 80 and 81 pods name "web".
 func svc(namespace, name string, spec ...string) string {
-	return fmt.Sprintf("apiVersion: v1\nkind: Service\nmetadata: {name: %s, namespace: %s}\nspec:\n  ports: [{name: http, port: 80, targetPort: web}]\n  %s\n---\n",
-		name, namespace, strings.Join(spec, "\n  "))
+	return fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata: {name: %s, namespace: %s}
+spec:
+  ports: [{name: http, port: 80, targetPort: web}, {name: more, port: 81, targetPort: web}]
+  %s
+---
+`, name, namespace, strings.Join(spec, "\n  "))
 }
 
-// web names the port of a container.
-const web = "ports: [{name: web, containerPort: 8080}]"
+// web names a port of a container.
+func web(port int) []string {
+	return []string{fmt.Sprintf("ports: [{name: web, containerPort: %d}]", port)}
+}
 
-// Every kind of Service leads captured pods where it leads others.
-//
-// What it defends: that the proxy, which stands in for kube-proxy here, reads
-// Services as kube-proxy does.
-func TestServices(t *testing.T) {
-	b := open(t)
-	in, out := b.namespace("enforce"), b.namespace("")
-	serve := []string{"serve"}
-	b.startPods(&pod{namespace: out, name: "plain", node: "node2", args: serve, more: []string{web}})
-	one := &pod{namespace: in, name: "one", account: "server", node: "node1", args: serve, more: []string{web}, labels: map[string]string{"app": "web"}}
-	two := &pod{namespace: in, name: "two", account: "server", node: "node2", args: serve, more: []string{web}, labels: map[string]string{"app": "web"}}
-	b.apply(allow(in, "server", "client", "server") +
-		svc(in, "usual", "selector: {app: web}") +
-		svc(in, "headless", "selector: {app: web}", "clusterIP: None") +
-		svc(in, "local", "selector: {app: web}", "internalTrafficPolicy: Local") +
-		svc(in, "sticky", "selector: {app: web}", "sessionAffinity: ClientIP") +
-		fmt.Sprintf("apiVersion: v1\nkind: Service\nmetadata: {name: external, namespace: %s}\nspec: {type: ExternalName, externalName: plain.%s.svc.cluster.local}\n---\n", in, out) +
-		service(out, "plain", "plain"))
-	b.apply(svc(in, "db", "selector: {app: db}", "clusterIP: None") + fmt.Sprintf(`apiVersion: apps/v1
+// kinds is a namespace with services of every kind, servers on both nodes, "one"
+// and "two", whose ports of the same name differ, and callers on both, "near"
+// and "far".
+func (b *bench) kinds(ns string) {
+	b.Helper()
+	labels := map[string]string{"app": "web"}
+	b.apply(svc(ns, "usual", "selector: {app: web}") +
+		svc(ns, "both", "selector: {app: web}", "ipFamilyPolicy: RequireDualStack") +
+		svc(ns, "headless", "selector: {app: web}", "clusterIP: None") +
+		svc(ns, "local", "selector: {app: web}", "internalTrafficPolicy: Local") +
+		svc(ns, "sticky", "selector: {app: web}", "sessionAffinity: ClientIP") +
+		svc(ns, "none", "selector: {app: nobody}") +
+		svc(ns, "changing", "selector: {changing: \"yes\"}") +
+		svc(ns, "ending", "selector: {app: ending}", "internalTrafficPolicy: Local") +
+		svc(ns, "db", "selector: {app: db}", "clusterIP: None") + fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata: {name: external, namespace: %[1]s}
+spec: {type: ExternalName, externalName: usual.%[1]s.svc.cluster.local}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: server, namespace: %[1]s}
+---
+apiVersion: apps/v1
 kind: StatefulSet
-metadata: {name: db, namespace: %s}
+metadata: {name: db, namespace: %[1]s}
 spec:
   serviceName: db
   replicas: 2
@@ -56,15 +69,154 @@ spec:
       serviceAccountName: server
       terminationGracePeriodSeconds: 1
       containers:
-        - {name: main, image: "signet.example/testpod:1", imagePullPolicy: Never, args: [serve], %s}
+        - name: main
+          image: signet.example/testpod:1
+          imagePullPolicy: Never
+          args: [serve]
 ---
-`, in, web))
-	b.startPods(one, two,
-		&pod{namespace: in, name: "near", account: "client", node: "node1", args: []string{"hold"}},
-		&pod{namespace: in, name: "far", account: "client", node: "node2", args: []string{"hold"}})
-	b.kubectl("-n", in, "rollout", "status", "statefulset/db", "--timeout=2m")
-	b.waitStatus(in, "enforce: 6 of 6 pods enrolled")
-	// A service with one endpoint in the mesh and one outside.
+`, ns))
+	pods := []*pod{
+		{namespace: ns, name: "one", account: "server", node: "node1", args: []string{"serve"}, more: web(8080), labels: labels},
+		{namespace: ns, name: "two", account: "server", node: "node2", args: []string{"serve", "--port=9000"}, more: web(9000), labels: labels},
+		{namespace: ns, name: "near", account: "client", node: "node1", args: []string{"hold"}},
+		{namespace: ns, name: "far", account: "client", node: "node2", args: []string{"hold"}},
+	}
+	for i := range 2 {
+		pods = append(pods, &pod{namespace: ns, name: fmt.Sprintf("ending-%d", i+1), account: "server", node: fmt.Sprintf("node%d", i+1), args: []string{"serve"},
+			labels: map[string]string{"app": "ending"}, more: append(web(8080), "lifecycle: {preStop: {sleep: {seconds: 8}}}")})
+	}
+	b.startPods(pods...)
+	b.kubectl("-n", ns, "rollout", "status", "statefulset/db", "--timeout=2m")
+}
+
+// Every kind of Service leads captured pods where it leads those of a namespace
+// outside of the mesh that is the same in all else, and what it leads to is
+// recorded with the identities of both ends.
+//
+// What it defends: that the proxy, which stands in for kube-proxy here, reads
+// Services as kube-proxy does.
+func TestServices(t *testing.T) {
+	b := open(t)
+	in, out := b.namespace("enforce"), b.namespace("")
+	b.apply(allow(in, "server", "client", "server"))
+	b.kinds(in)
+	b.kinds(out)
+	b.waitStatus(in, "enforce: 8 of 8 pods enrolled")
+	callers := map[string]string{"near": "one", "far": "two"} // and the server on its node
+
+	for _, c := range []struct {
+		what, service, port string
+		six, local          bool
+		each, any           []string // each of them, or only one of them, answers
+	}{
+		{what: "a port by name", service: "usual", port: "80", each: []string{"one", "two"}},
+		{what: "a second port", service: "usual", port: "81", each: []string{"one", "two"}},
+		{what: "a port that it has not", service: "usual", port: "82", each: []string{""}},
+		{what: "no endpoints", service: "none", port: "80", each: []string{""}},
+		{what: "two families, the first", service: "both", port: "80", each: []string{"one", "two"}},
+		{what: "two families, IPv6", service: "both", port: "80", six: true, each: []string{"one", "two"}},
+		{what: "internalTrafficPolicy Local", service: "local", port: "80", local: true},
+		{what: "session affinity", service: "sticky", port: "80", any: []string{"one", "two"}},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			b := b.at(t)
+			began := time.Now()
+			for caller, beside := range callers {
+				each := c.each
+				if c.local {
+					each = []string{beside}
+				}
+				times := 20
+				if slices.Contains(each, "") {
+					times = 2 // each may take its 2 s
+				}
+				for _, ns := range []string{in, out} {
+					address := net.JoinHostPort(b.clusterIP(ns, c.service, c.six), c.port)
+					var by map[string]int
+					b.eventually(20*time.Second, func() string {
+						by = b.answersTo(ns, caller, address, times)
+						got := slices.Sorted(maps.Keys(by))
+						if each != nil && !slices.Equal(got, each) || each == nil && (len(got) != 1 || !slices.Contains(c.any, got[0])) {
+							return fmt.Sprintf("%s/%s calls: %v answer", ns, caller, by)
+						}
+						return ""
+					})
+					t.Logf("in the mesh %v: %s calls, %v answer", ns == in, caller, by)
+					if got := slices.Sorted(maps.Keys(by)); ns == in && got[0] != "" {
+						b.recorded(began, in+"/"+caller, "client", got...)
+					}
+				}
+			}
+		})
+	}
+
+	t.Run("names", func(t *testing.T) {
+		b := b.at(t)
+		began := time.Now()
+		for _, ns := range []string{in, out} {
+			for caller := range callers {
+				for _, db := range []string{"db-0", "db-1"} { // of a StatefulSet
+					b.served(ns, caller, db+".db."+ns+":8080", db)
+				}
+				// ExternalName is an alias in DNS and nothing else.
+				if a := b.dial(ns, caller, "external."+ns+":80"); a.ID != "one" && a.ID != "two" {
+					t.Errorf("%s/%s calls by an ExternalName: %+v", ns, caller, a)
+				}
+				// A headless service's name is its pods' addresses, with their own ports.
+				if a := b.dial(ns, caller, "headless."+ns+":8080"); a.ID != "one" && !strings.Contains(a.Error, "refused") && !strings.Contains(a.Error, "EOF") && !strings.Contains(a.Error, "reset") {
+					t.Errorf("%s/%s calls a headless service: %+v", ns, caller, a)
+				}
+				b.served(ns, caller, b.ip(ns, "one")+":8080", "one")
+			}
+		}
+		b.recorded(began, in+"/near", "client", "db-0", "db-1", "one")
+		b.recorded(began, in+"/far", "client", "db-0", "db-1", "one")
+	})
+	t.Run("one endpoint in the mesh and one outside", func(t *testing.T) { b.at(t).mixed(in, out) })
+	t.Run("itself", func(t *testing.T) {
+		b := b.at(t)
+		began := time.Now()
+		for _, ns := range []string{in, out} {
+			for _, address := range []string{net.JoinHostPort(b.clusterIP(ns, "local", false), "80"), b.ip(ns, "one") + ":8080", "127.0.0.1:8080"} {
+				if by := b.answersTo(ns, "one", address, 20); by["one"] != 20 {
+					t.Errorf("in the mesh %v: a pod calls itself by %s: %v answer", ns == in, address, by)
+				}
+			}
+		}
+		b.recorded(began, in+"/one", "server", "one")
+	})
+	t.Run("API server and DNS", func(t *testing.T) {
+		b := b.at(t)
+		for _, ns := range []string{in, out} {
+			for caller := range callers {
+				// In plain, so its answer is that it wants TLS.
+				if a := b.dial(ns, caller, "kubernetes.default:443"); !strings.Contains(a.Error, "400") {
+					t.Errorf("%s/%s calls the API server: %+v", ns, caller, a)
+				}
+				for _, network := range []string{"udp", "tcp"} {
+					if err := b.resolve(ns, caller, network, "usual."+ns+".svc.cluster.local."); err != nil {
+						t.Errorf("%s/%s asks DNS by %s: %v", ns, caller, network, err)
+					}
+				}
+			}
+		}
+	})
+	t.Run("an endpoint that ends", func(t *testing.T) { b.at(t).lastOfNode(in, out) })
+	t.Run("changes", func(t *testing.T) { b.at(t).endpointChanges(in) })
+}
+
+// at is the bench for a subtest.
+func (b *bench) at(t *testing.T) *bench {
+	of := *b
+	of.T = t
+	return &of
+}
+
+// mixed: of a service with two endpoints that in the mesh is called through a
+// tunnel, and the other in plain, which the record says.
+func (b *bench) mixed(in, out string) {
+	b.Helper()
+	began := time.Now()
 	b.apply(fmt.Sprintf(`apiVersion: v1
 kind: Service
 metadata: {name: mixed, namespace: %[1]s}
@@ -77,72 +229,55 @@ addressType: IPv4
 ports: [{name: http, port: 8080}]
 endpoints: [{addresses: [%[2]q]}, {addresses: [%[3]q]}]
 ---
-`, in, b.ip(in, "one"), b.ip(out, "plain")))
-
-	vip := func(name string) string { return b.clusterIP(in, name) + ":80" }
+`, in, b.ip(in, "one"), b.ip(out, "db-0")))
+	address := net.JoinHostPort(b.clusterIP(in, "mixed", false), "80")
 	for _, caller := range []string{"near", "far"} {
-		local := map[string]string{"near": "one", "far": "two"}[caller]
-		for _, c := range []struct {
-			what, address string
-			want          []string
-			all           bool // each of them answers
-		}{
-			{"a service with a named port", vip("usual"), []string{"one", "two"}, true},
-			{"a service with endpoints in and outside of the mesh", vip("mixed"), []string{"one", "plain"}, true},
-			{"a service with internalTrafficPolicy Local", vip("local"), []string{local}, true},
-			{"a service with session affinity", vip("sticky"), []string{"one", "two"}, false},
-		} {
-			var by map[string]int
-			b.eventually(20*time.Second, func() string {
-				by = b.answersTo(in, caller, c.address, 20)
-				for who := range by {
-					if !slices.Contains(c.want, who) {
-						return fmt.Sprintf("%s of %s: %v", c.what, caller, by)
-					}
+		b.eventually(20*time.Second, func() string {
+			if by := b.answersTo(in, caller, address, 20); by["one"] == 0 || by["db-0"] == 0 || len(by) != 2 {
+				return fmt.Sprintf("%s calls: %v answer", caller, by)
+			}
+			return ""
+		})
+		b.recorded(began, in+"/"+caller, "client", "one")
+		b.eventually(20*time.Second, func() string {
+			n := 0
+			for _, r := range b.audit("--since", began.UTC().Format(time.RFC3339)) {
+				if r.Source.Workload != in+"/"+caller || !strings.HasPrefix(r.Destination.Address, b.ip(out, "db-0")+":") {
+					continue
 				}
-				if c.all && len(by) != len(c.want) || !c.all && len(by) != 1 {
-					return fmt.Sprintf("%s of %s: %v answer", c.what, caller, by)
+				if r.Transport != "plaintext" || r.Destination.ID != "" || r.Destination.Workload != "" {
+					b.Fatalf("a call to a pod outside of the mesh is recorded as %+v", r)
 				}
-				return ""
-			})
-			t.Logf("%s calls %s: %v", caller, c.what, by)
-		}
-		b.served(in, caller, "db-0.db."+in+":8080", "db-0")
-		b.served(in, caller, "db-1.db."+in+":8080", "db-1")
-		b.served(in, caller, "external."+in+":8080", "plain")
-		if a := b.dial(in, caller, "headless."+in+":8080"); a.ID != "one" && a.ID != "two" {
-			t.Errorf("%s calls a headless service: %+v", caller, a)
-		}
+				n++
+			}
+			if n == 0 {
+				return caller + "'s calls to the pod outside of the mesh are not recorded"
+			}
+			return ""
+		})
 	}
-	// To itself, through its service, which may choose the other too.
-	if by := b.answersTo(in, "one", vip("local"), 20); by["one"] != 20 {
-		t.Errorf("a pod that calls itself through its service: %v", by)
-	}
-	if a := b.dial(in, "near", "kubernetes.default:443"); !strings.Contains(a.Error, "400") {
-		t.Errorf("the API server is called in plain, and answers %+v", a)
-	}
-	for _, network := range []string{"udp", "tcp"} {
-		if err := b.resolve(in, "near", network, "usual."+in+".svc.cluster.local."); err != nil {
-			t.Errorf("DNS by %s: %v", network, err)
-		}
-	}
-	b.endpointChanges(in)
 }
 
-// clusterIP returns a service's address.
-func (b *bench) clusterIP(namespace, name string) string {
+// clusterIP returns a service's address: the first, or that of IPv6.
+func (b *bench) clusterIP(namespace, name string, six bool) string {
 	b.Helper()
 	s, err := b.client.CoreV1().Services(namespace).Get(b.Context(), name, metav1.GetOptions{})
 	if err != nil {
 		b.Fatal(err)
 	}
-	return s.Spec.ClusterIP
+	for _, ip := range s.Spec.ClusterIPs {
+		if !six || strings.Contains(ip, ":") {
+			return ip
+		}
+	}
+	b.Fatalf("service %s/%s has the addresses %v", namespace, name, s.Spec.ClusterIPs)
+	return ""
 }
 
 // resolve has a pod ask the cluster's DNS.
 func (b *bench) resolve(namespace, name, network, host string) error {
 	b.Helper()
-	server := net.JoinHostPort(b.clusterIP("kube-system", "kube-dns"), "53")
+	server := net.JoinHostPort(b.clusterIP("kube-system", "kube-dns", false), "53")
 	path := b.inside(namespace, name)
 	r := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (c net.Conn, err error) {
 		err = lab.In(path, func() error {
@@ -154,61 +289,4 @@ func (b *bench) resolve(namespace, name, network, host string) error {
 	}}
 	_, err := r.LookupNetIP(b.Context(), "ip4", host)
 	return err
-}
-
-// endpointChanges measures how long after an EndpointSlice has changed a caller
-// gets to a new endpoint, and no longer gets to one that went.
-func (b *bench) endpointChanges(in string) {
-	b.Helper()
-	b.apply(svc(in, "changing", "selector: {changing: \"yes\"}"))
-	address := b.clusterIP(in, "changing") + ":80"
-	ctx, cancel := context.WithCancel(b.Context())
-	defer cancel()
-	watch, err := b.client.DiscoveryV1().EndpointSlices(in).Watch(ctx, metav1.ListOptions{LabelSelector: "kubernetes.io/service-name=changing"})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer watch.Stop()
-	changed := func(want int) time.Time {
-		for limit := time.After(20 * time.Second); ; {
-			select {
-			case e := <-watch.ResultChan():
-				// A service of two families has a slice of each.
-				if s, ok := e.Object.(*discoveryv1.EndpointSlice); ok && s.AddressType == discoveryv1.AddressTypeIPv4 && len(s.Endpoints) == want {
-					return time.Now()
-				}
-			case <-limit:
-				b.Fatalf("the service has not %d endpoints after 20 s", want)
-			}
-		}
-	}
-	var most, sum time.Duration
-	const rounds = 10
-	for range rounds {
-		for _, want := range []string{"one", ""} {
-			label, count := "changing=yes", 1
-			if want == "" {
-				label, count = "changing-", 0
-			}
-			b.kubectl("-n", in, "label", "pod", "one", label)
-			at := changed(count)
-			if err := lab.In(b.inside(in, "far"), func() error {
-				for time.Since(at) < 10*time.Second {
-					if _, answer, _ := ask(ctx, address); answer == want {
-						return nil
-					}
-					time.Sleep(10 * time.Millisecond)
-				}
-				return fmt.Errorf("the service's endpoints are %q to a caller's proxy 10 s later", want)
-			}); err != nil {
-				b.Fatal(err)
-			}
-			took := time.Since(at)
-			sum, most = sum+took, max(most, took)
-		}
-	}
-	b.Logf("%d changes of endpoints reached a caller's proxy after %s on average, %s at most", 2*rounds, (sum / (2 * rounds)).Round(time.Millisecond), most.Round(time.Millisecond))
-	if most > time.Second {
-		b.Errorf("a change of endpoints reached a caller's proxy after %s", most)
-	}
 }
