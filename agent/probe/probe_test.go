@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture/nft"
+	"github.com/signet-mesh/signet/internal/lab"
 )
 
 // Defends: the kubelet reaches the declared port of a captured pod, and no
@@ -112,21 +113,29 @@ func TestSpoofedOnTheBridge(t *testing.T) { eachFamily(t, testSpoofedOnTheBridge
 func testSpoofedOnTheBridge(t *testing.T, f side) {
 	b := newBench(t)
 	b.check(b.b.AddAddr(netip.PrefixFrom(f.source, f.source.BitLen())))
-	var mac net.HardwareAddr
-	b.check(b.b.Do(func() error {
-		eth0, err := netlink.LinkByName("eth0")
-		if err == nil {
-			mac = eth0.Attrs().HardwareAddr
-		}
-		return err
-	}))
-	b.check(b.a.Do(func() error {
-		eth0, err := netlink.LinkByName("eth0")
-		if err != nil {
+	hardware := func(of *lab.Pod) (mac net.HardwareAddr) {
+		b.check(of.Do(func() error {
+			eth0, err := netlink.LinkByName("eth0")
+			if err == nil {
+				mac = eth0.Attrs().HardwareAddr
+			}
 			return err
-		}
-		return netlink.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, IP: f.gateway(b.lab).AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT})
-	}))
+		}))
+		return mac
+	}
+	// Each knows the other: what asks for a neighbour from the node's address
+	// is dropped as well, and would fail what comes after it for a while.
+	knows := func(pod *lab.Pod, address netip.Addr, mac net.HardwareAddr) {
+		b.check(pod.Do(func() error {
+			eth0, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return netlink.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, IP: address.AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT})
+		}))
+	}
+	knows(b.a, f.gateway(b.lab), hardware(b.b))
+	knows(b.b, f.pod, hardware(b.a))
 	pass := "/proc/sys/net/bridge/bridge-nf-call-iptables"
 	if f.pod.Is6() {
 		pass = "/proc/sys/net/bridge/bridge-nf-call-ip6tables"

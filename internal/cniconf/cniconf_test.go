@@ -358,8 +358,15 @@ func TestTakeover(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.eventually("05-new-signet.conflist", "bridge", Plugin)
-	if _, err := os.Stat(filepath.Join(h.bin, Plugin)); err != nil {
-		t.Error(err)
+	// The installer may have looked between the two removals.
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		_, err := os.Stat(filepath.Join(h.bin, Plugin))
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
 	}
 	if err := os.Remove(filepath.Join(h.conf, "05-new.conf")); err != nil {
 		t.Fatal(err)
