@@ -222,6 +222,8 @@ type pod struct {
 	more, spec []string
 	// labels beside app, which is its name unless it is given.
 	labels map[string]string
+	// grace is for how many seconds it may end; 0: 1.
+	grace int
 }
 
 // yaml is the pod's documents.
@@ -240,7 +242,7 @@ func (p *pod) yaml() string {
 	l, _ := json.Marshal(labels) // strings always can
 	args, _ := json.Marshal(p.args)
 	fmt.Fprintf(&out, "apiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, labels: %s}\nspec:\n", p.name, p.namespace, l)
-	fmt.Fprintf(&out, "  serviceAccountName: %s\n  terminationGracePeriodSeconds: 1\n", account)
+	fmt.Fprintf(&out, "  serviceAccountName: %s\n  terminationGracePeriodSeconds: %d\n", account, max(p.grace, 1))
 	if p.node != "" {
 		fmt.Fprintf(&out, "  nodeName: %s\n", p.node)
 	}

@@ -80,7 +80,7 @@ func (b *bench) lastOfNode(in, out string) {
 			}
 			return ""
 		})
-		b.kubectl("-n", ns, "delete", "pod", "ending-1", "--grace-period=15", "--wait=false")
+		b.kubectl("-n", ns, "delete", "pod", "ending-1", "--wait=false")
 	}
 	b.eventually(5*time.Second, func() string {
 		for _, ns := range []string{in, out} {

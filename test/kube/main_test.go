@@ -1,6 +1,7 @@
 // Package kube tests the mesh on a real Kubernetes cluster of two nodes, as it
 // is installed by users: images, manifests, kubectl, annotations. Run it with
 // make test-cluster; it starts the cluster and removes it (KEEP=1: leaves it).
+// SIGNET_TEST_PROXY=iptables has kube-proxy in that mode and not in nftables.
 package kube
 
 import (
@@ -75,7 +76,7 @@ func newEnv(ctx context.Context) (_ *env, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if e.cluster, err = cluster.Start(context.WithoutCancel(ctx), cluster.Options{Dir: dir, Log: os.Stderr}); err != nil {
+	if e.cluster, err = cluster.Start(context.WithoutCancel(ctx), cluster.Options{Dir: dir, ProxyMode: os.Getenv("SIGNET_TEST_PROXY"), Log: os.Stderr}); err != nil {
 		return nil, err
 	}
 	defer func() {

@@ -83,7 +83,7 @@ spec:
 	}
 	for i := range 2 {
 		pods = append(pods, &pod{namespace: ns, name: fmt.Sprintf("ending-%d", i+1), account: "server", node: fmt.Sprintf("node%d", i+1), args: []string{"serve"},
-			labels: map[string]string{"app": "ending"}, more: append(web(8080), "lifecycle: {preStop: {sleep: {seconds: 8}}}")})
+			grace: 10, labels: map[string]string{"app": "ending"}, more: append(web(8080), "lifecycle: {preStop: {sleep: {seconds: 8}}}")})
 	}
 	b.startPods(pods...)
 	b.kubectl("-n", ns, "rollout", "status", "statefulset/db", "--timeout=2m")
@@ -217,6 +217,7 @@ func (b *bench) at(t *testing.T) *bench {
 func (b *bench) mixed(in, out string) {
 	b.Helper()
 	began := time.Now()
+	outside := b.ip(out, "db-0") + ":8080"
 	b.apply(fmt.Sprintf(`apiVersion: v1
 kind: Service
 metadata: {name: mixed, namespace: %[1]s}
@@ -242,7 +243,7 @@ endpoints: [{addresses: [%[2]q]}, {addresses: [%[3]q]}]
 		b.eventually(20*time.Second, func() string {
 			n := 0
 			for _, r := range b.audit("--since", began.UTC().Format(time.RFC3339)) {
-				if r.Source.Workload != in+"/"+caller || !strings.HasPrefix(r.Destination.Address, b.ip(out, "db-0")+":") {
+				if r.Source.Workload != in+"/"+caller || r.Destination.Via != outside {
 					continue
 				}
 				if r.Transport != "plaintext" || r.Destination.ID != "" || r.Destination.Workload != "" {
