@@ -42,10 +42,11 @@ type life struct {
 	namespace, name, account string
 	meshed                   bool
 	addrs                    []netip.Addr
-	// seen is when its address was known, gone when the API server had deleted
-	// it; zero: not yet.
-	seen, gone time.Time
-	running    bool
+	// created is before it was made, seen when its address was known, ending
+	// before it was told to end, gone when the API server had deleted it; zero:
+	// not yet.
+	created, seen, ending, gone time.Time
+	running                     bool
 }
 
 func (l *life) key() string { return l.namespace + "/" + l.name }
@@ -312,6 +313,7 @@ func (c *churn) run(total int, trouble func(context.Context)) {
 					// The others go on: the book is only right to its end.
 					if err := c.one(ctx, int(n), node.Name()); err != nil {
 						c.Error(err)
+						continue
 					}
 					done.Add(1)
 				}
@@ -350,7 +352,10 @@ func (c *churn) run(total int, trouble func(context.Context)) {
 	c.keep(c.audit("--since", checked.Add(-20*time.Second).UTC().Format(time.RFC3339)))
 	cancel()
 	stop()
-	c.Logf("%d pods came and went in %s", total, time.Since(c.began).Round(time.Second))
+	c.Logf("%d of %d pods came and went in %s", done.Load(), total, time.Since(c.began).Round(time.Second))
+	if done.Load() != int64(total) {
+		c.Errorf("%d of %d pods came and went", done.Load(), total)
+	}
 }
 
 // keep remembers records; the last one of a connection is the whole one.
@@ -389,7 +394,7 @@ func (c *churn) one(ctx context.Context, n int, node string) error {
 			p.Spec.Containers[0].Args = calls
 		}
 	}
-	l := &life{namespace: p.Namespace, name: p.Name, account: account, meshed: p.Namespace == c.in}
+	l := &life{namespace: p.Namespace, name: p.Name, account: account, meshed: p.Namespace == c.in, created: time.Now()}
 	c.mu.Lock()
 	c.lives[l.key()] = l
 	c.mu.Unlock()
@@ -415,6 +420,9 @@ func (c *churn) one(ctx context.Context, n int, node string) error {
 		return err
 	}
 	time.Sleep(time.Duration(500+n*137%1500) * time.Millisecond)
+	c.mu.Lock()
+	l.ending = time.Now()
+	c.mu.Unlock()
 	grace := int64(1)
 	if err := pods.Delete(ctx, p.Name, metav1.DeleteOptions{GracePeriodSeconds: &grace}); err != nil {
 		return err

@@ -213,7 +213,7 @@ func (c *churn) inPlain(r *record) (late time.Duration, ok bool) {
 // atDestination says what is wrong with a destination's record.
 func (c *churn) atDestination(r *record) string {
 	target := c.lives[r.Destination.Workload]
-	if says := c.held(target, r.Destination.Address, r.Start); says != "" && r.Verdict == "allowed" {
+	if says := c.held(target, r.Destination.Address, r.Start); says != "" && r.Verdict != "failed" {
 		return "destination: " + says
 	}
 	if target == nil {
@@ -270,6 +270,14 @@ func (c *churn) held(l *life, address string, at time.Time) string {
 	}
 	if !l.gone.IsZero() && at.After(l.gone.Add(c.linger)) {
 		return fmt.Sprintf("%s was gone at %s", l.name, l.gone)
+	}
+	if at.Before(l.created) {
+		return fmt.Sprintf("%s was not made before %s", l.name, l.created)
+	}
+	for _, last := range c.lives {
+		if last != l && !last.seen.IsZero() && last.seen.Before(l.seen) && slices.Contains(last.addrs, addr) && (last.ending.IsZero() || at.Before(last.ending)) {
+			return fmt.Sprintf("%s had this address until %s, before %s", last.name, last.ending, l.name)
+		}
 	}
 	for _, next := range c.lives {
 		if next != l && next.seen.After(l.seen) && next.seen.Before(at) && slices.Contains(next.addrs, addr) {
