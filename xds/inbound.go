@@ -141,6 +141,7 @@ const (
 	HeaderPolicy   = "x-signet-policy" // that admitted
 	HeaderShadow   = "x-signet-shadow" // what enforce would have done, in observe mode
 	HeaderRevision = "x-signet-revision"
+	HeaderWorkload = "x-signet-workload" // that was reached; its certificate names only its account
 )
 
 // plainIn takes what reaches the workload without a tunnel: refused in

@@ -42,11 +42,13 @@ func (b *builder) route(w *mesh.Workload) *routev3.RouteConfiguration {
 						metaDeny:     structpb.NewStringValue(b.view.Model.DenyReason(target)),
 					},
 				}}},
-				// The caller's proxy records which policy admitted it.
+				// The caller's proxy records which policy admitted it, and whom it
+				// reached: what it knows of an address may be of a pod before.
 				ResponseHeadersToAdd: []*corev3.HeaderValueOption{
 					{Header: &corev3.HeaderValue{Key: HeaderPolicy, Value: "%DYNAMIC_METADATA(envoy.filters.http.rbac:enforced_effective_policy_id)%"}},
 					{Header: &corev3.HeaderValue{Key: HeaderShadow, Value: "%DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_engine_result)%"}},
 					{Header: &corev3.HeaderValue{Key: HeaderRevision, Value: b.view.Model.Version(target)}},
+					{Header: &corev3.HeaderValue{Key: HeaderWorkload, Value: w.Key()}},
 				},
 				Action: &routev3.Route_Route{Route: &routev3.RouteAction{
 					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: clusterLocal},

@@ -187,6 +187,7 @@ func tunnel(l *line, e *audit.Event) error {
 		header[h.Key] = h.Value
 	}
 	r.Revision = header[xds.HeaderRevision]
+	r.Destination.Workload = reached(l.Workload, header[xds.HeaderWorkload])
 	switch {
 	case header[":status"] == "403", header[":status"] == "401": // 401: a ztunnel's refusal
 		r.Verdict, r.Reason = audit.Denied, header[xds.HeaderReason]
@@ -218,6 +219,19 @@ func tunnel(l *line, e *audit.Event) error {
 		r.Ended = flags(l.Flags)
 	}
 	return nil
+}
+
+// reached returns the workload that answered a tunnel. The certificate proves an
+// account; which of its workloads has the address now only the answer says, for
+// what the caller's proxy wanted may have been deleted. An answer that names a
+// workload of another namespace than the proved one is not believed; a ztunnel's
+// names none.
+func reached(wanted, answered string) string {
+	namespace, _, _ := strings.Cut(wanted, "/")
+	if name, ok := strings.CutPrefix(answered, namespace+"/"); !ok || name == "" || strings.Contains(name, "/") {
+		return wanted
+	}
+	return answered
 }
 
 // outbound is a connection that did not go into a tunnel.

@@ -252,3 +252,34 @@ func FuzzForge(f *testing.F) {
 		}
 	})
 }
+
+// A caller's record names the workload that answered, and not the one that had
+// the address when the caller's proxy last heard of it: two pods of one account
+// have the same identity, so the certificate does not tell them apart.
+//
+// What it defends: no record names a pod that is gone. The answer is a peer's, so
+// it is believed only within the namespace that the peer has proved.
+func TestTunnelNamesWhoAnswered(t *testing.T) {
+	for _, line := range []string{"tunnel-allowed-open", "tunnel-allowed-end", "tunnel-denied", "tunnel-closed-port"} {
+		for answered, want := range map[string]string{
+			"shop/server-2": "shop/server-2",
+			"":              "shop/server",
+			"bank/server":   "shop/server",
+			"shop/":         "shop/server",
+			"shop/a/b":      "shop/server",
+			"shopping/x":    "shop/server",
+		} {
+			text := lines(t)[line]
+			if answered != "" {
+				text = bytes.Replace(text, []byte(`{"key":"date"`), []byte(`{"key":"x-signet-workload","value":"`+answered+`"},{"key":"date"`), 1)
+			}
+			e, ok, err := Decode(text)
+			if err != nil || !ok {
+				t.Fatalf("%s: %v, a record: %t", line, err, ok)
+			}
+			if got := e.Record.Destination.Workload; got != want {
+				t.Errorf("%s: answered by %q, recorded as %q, want %q", line, answered, got, want)
+			}
+		}
+	}
+}
