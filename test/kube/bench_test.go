@@ -422,6 +422,7 @@ type record struct {
 	Node        string    `json:"node"`
 	Side        string    `json:"side"`
 	Start       time.Time `json:"start"`
+	End         time.Time `json:"end"`
 	Source      end       `json:"source"`
 	Destination end       `json:"destination"`
 	Verdict     string    `json:"verdict"`

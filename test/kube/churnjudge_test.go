@@ -162,7 +162,7 @@ func (c *churn) answers() {
 // atSource says what is wrong with a caller's record.
 func (c *churn) atSource(r *record) string {
 	source := c.lives[r.Source.Workload]
-	if says := c.held(source, r.Source.Address, r.Start); says != "" {
+	if says := c.held(source, r.Source.Address, r.Start, r.Start); says != "" {
 		return "source: " + says
 	}
 	if r.Source.ID != id(c.in, source.account) {
@@ -182,7 +182,12 @@ func (c *churn) atSource(r *record) string {
 		at = r.Destination.Address
 	}
 	target := c.lives[r.Destination.Workload]
-	if says := c.held(target, at, r.Start); says != "" {
+	// What was dialed while nobody had the address waits for whoever gets it.
+	until := r.Start.Add(connectTime)
+	if !r.End.IsZero() && r.End.Before(until) {
+		until = r.End
+	}
+	if says := c.held(target, at, r.Start, until); says != "" {
 		return "destination: " + says
 	}
 	return c.verdict(r, source.account, target)
@@ -213,7 +218,7 @@ func (c *churn) inPlain(r *record) (late time.Duration, ok bool) {
 // atDestination says what is wrong with a destination's record.
 func (c *churn) atDestination(r *record) string {
 	target := c.lives[r.Destination.Workload]
-	if says := c.held(target, r.Destination.Address, r.Start); says != "" && r.Verdict != "failed" {
+	if says := c.held(target, r.Destination.Address, r.Start, r.Start); says != "" && r.Verdict != "failed" {
 		return "destination: " + says
 	}
 	if target == nil {
@@ -234,7 +239,7 @@ func (c *churn) atDestination(r *record) string {
 	var says string
 	for _, l := range c.lives {
 		if l.meshed && id(c.in, l.account) == r.Source.ID {
-			if says = c.held(l, r.Source.Address, r.Start); says == "" {
+			if says = c.held(l, r.Source.Address, r.Start, r.Start); says == "" {
 				return c.verdict(r, l.account, target)
 			}
 		}
@@ -255,8 +260,12 @@ func (c *churn) verdict(r *record, caller string, target *life) string {
 	return ""
 }
 
-// held says why a pod cannot have had an address at an instant.
-func (c *churn) held(l *life, address string, at time.Time) string {
+// connectTime is how long a caller's proxy waits for a destination to answer.
+const connectTime = 5 * time.Second
+
+// held says why a pod cannot have had an address at any instant from one to
+// another, both included.
+func (c *churn) held(l *life, address string, from, until time.Time) string {
 	if l == nil {
 		return "there is no such pod"
 	}
@@ -268,19 +277,19 @@ func (c *churn) held(l *life, address string, at time.Time) string {
 	if !slices.Contains(l.addrs, addr) {
 		return fmt.Sprintf("%s has %v and not %s", l.name, l.addrs, addr)
 	}
-	if !l.gone.IsZero() && at.After(l.gone.Add(c.linger)) {
+	if !l.gone.IsZero() && from.After(l.gone.Add(c.linger)) {
 		return fmt.Sprintf("%s was gone at %s", l.name, l.gone)
 	}
-	if at.Before(l.created) {
+	if until.Before(l.created) {
 		return fmt.Sprintf("%s was not made before %s", l.name, l.created)
 	}
 	for _, last := range c.lives {
-		if last != l && !last.seen.IsZero() && last.seen.Before(l.seen) && slices.Contains(last.addrs, addr) && (last.ending.IsZero() || at.Before(last.ending)) {
+		if last != l && !last.seen.IsZero() && last.seen.Before(l.seen) && slices.Contains(last.addrs, addr) && (last.ending.IsZero() || until.Before(last.ending)) {
 			return fmt.Sprintf("%s had this address until %s, before %s", last.name, last.ending, l.name)
 		}
 	}
 	for _, next := range c.lives {
-		if next != l && next.seen.After(l.seen) && next.seen.Before(at) && slices.Contains(next.addrs, addr) {
+		if next != l && next.seen.After(l.seen) && next.seen.Before(from) && slices.Contains(next.addrs, addr) {
 			return fmt.Sprintf("%s had this address from %s on, after %s", next.name, next.seen, l.name)
 		}
 	}

@@ -41,6 +41,7 @@ func TestChurnJudge(t *testing.T) {
 		change(&r)
 		return r
 	}
+	ends := func(seconds int) func(*record) { return func(r *record) { r.End = at(seconds) } }
 	for name, test := range map[string]struct {
 		record record
 		wrong  bool
@@ -51,7 +52,9 @@ func TestChurnJudge(t *testing.T) {
 		"source: the owner before":                  {source(35, "a0-1", "a0", "allowed"), true},
 		"source: the owner before, long gone":       {source(25, "a0-1", "a0", "allowed"), true},
 		"source: the owner after":                   {source(15, "a1-3", "a1", "allowed"), true},
-		"source: the owner after, made by then":     {source(19, "a3-2", "a3", "denied"), true},
+		"source: the owner after, made by then":     {with(source(19, "a3-2", "a3", "denied"), ends(19)), true},
+		"source: it waited for the owner after":     {with(source(19, "a3-2", "a3", "denied"), ends(22)), false},
+		"source: it did not wait for that long":     {with(source(14, "a3-2", "a3", "denied"), ends(60)), true},
 		"source: another account":                   {source(15, "a0-1", "a1", "allowed"), true},
 		"source: allowed what no policy allows":     {source(35, "a3-2", "a3", "allowed"), true},
 		"source: denied what a policy allows":       {source(15, "a0-1", "a0", "denied"), true},
