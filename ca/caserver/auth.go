@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -73,6 +74,9 @@ func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.Unary
 // StreamInterceptor does the same for streams, and ends a stream when the
 // certificate that opened it expires or its node is quarantined.
 func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if strings.HasPrefix(info.FullMethod, "/"+nodev1.Replica_ServiceDesc.ServiceName+"/") {
+		return s.toReplica(srv, stream, info, handler)
+	}
 	name, leaf, err := s.authenticate(stream.Context(), info.FullMethod)
 	if err != nil {
 		return err
@@ -126,21 +130,9 @@ func (s *nodeStream) Context() context.Context { return s.ctx }
 // every call, whatever the TLS layer did: connections outlive certificates
 // and roots.
 func (s *Server) authenticate(ctx context.Context, call string) (string, *x509.Certificate, error) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no peer")
-	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok {
-		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "not a TLS connection; connect with a node certificate")
-	}
-	certs := info.State.PeerCertificates
-	if len(certs) == 0 {
-		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
-	}
-	id, _, err := x509svid.Verify(certs, s.authority, x509svid.WithTime(s.now()))
+	id, leaf, err := s.caller(ctx, call)
 	if err != nil {
-		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
+		return "", nil, err
 	}
 	name, ok := ca.NodeName(id)
 	if !ok {
@@ -149,7 +141,28 @@ func (s *Server) authenticate(ctx context.Context, call string) (string, *x509.C
 	if quarantine, cut := s.quarantined(name); cut {
 		return "", nil, s.refuseQuarantined(ctx, call, name, quarantine)
 	}
-	return name, certs[0], nil
+	return name, leaf, nil
+}
+
+// caller returns who calls, as its certificate of this instant says.
+func (s *Server) caller(ctx context.Context, call string) (spiffeid.ID, *x509.Certificate, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "not a TLS connection; connect with a node certificate")
+	}
+	certs := info.State.PeerCertificates
+	if len(certs) == 0 {
+		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
+	}
+	id, _, err := x509svid.Verify(certs, s.authority, x509svid.WithTime(s.now()))
+	if err != nil {
+		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
+	}
+	return id, certs[0], nil
 }
 
 // quarantined names the quarantine that cuts a node off in the newest view.

@@ -119,6 +119,8 @@ type NodeReport struct {
 	// Clock is how far the node's clock is ahead of this one; negative: behind;
 	// zero: within what certificates allow for, or not said.
 	Clock time.Duration
+	// Since is when Connected last changed.
+	Since time.Time
 }
 
 // Reports returns what the nodes that have called since the start have last
@@ -128,7 +130,7 @@ func (s *Server) Reports() []NodeReport {
 	defer s.mu.Unlock()
 	out := make([]NodeReport, 0, len(s.nodes))
 	for name, n := range s.nodes {
-		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report, Clock: n.clock})
+		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report, Clock: n.clock, Since: n.since})
 	}
 	slices.SortFunc(out, func(a, b NodeReport) int { return cmp.Compare(a.Node, b.Node) })
 	return out

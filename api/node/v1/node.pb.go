@@ -28,6 +28,179 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type NodesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodesRequest) Reset() {
+	*x = NodesRequest{}
+	mi := &file_api_node_v1_node_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodesRequest) ProtoMessage() {}
+
+func (x *NodesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodesRequest.ProtoReflect.Descriptor instead.
+func (*NodesRequest) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{0}
+}
+
+type NodesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []*NodeReport          `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodesResponse) Reset() {
+	*x = NodesResponse{}
+	mi := &file_api_node_v1_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodesResponse) ProtoMessage() {}
+
+func (x *NodesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodesResponse.ProtoReflect.Descriptor instead.
+func (*NodesResponse) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *NodesResponse) GetNodes() []*NodeReport {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+// NodeReport is what a node has last said about itself to a replica.
+type NodeReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Connected     bool                   `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"` // to the replica
+	Revision      string                 `protobuf:"bytes,3,opt,name=revision,proto3" json:"revision,omitempty"`    // in force on the node
+	At            int64                  `protobuf:"varint,4,opt,name=at,proto3" json:"at,omitempty"`               // of its report, in nanoseconds since 1970; 0: it has made none
+	Workloads     []*WorkloadReport      `protobuf:"bytes,5,rep,name=workloads,proto3" json:"workloads,omitempty"`  // of its report
+	Clock         int64                  `protobuf:"varint,6,opt,name=clock,proto3" json:"clock,omitempty"`         // how far its clock is ahead, in nanoseconds; 0: hardly
+	Since         int64                  `protobuf:"varint,7,opt,name=since,proto3" json:"since,omitempty"`         // when connected last changed, in nanoseconds since 1970
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeReport) Reset() {
+	*x = NodeReport{}
+	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeReport) ProtoMessage() {}
+
+func (x *NodeReport) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeReport.ProtoReflect.Descriptor instead.
+func (*NodeReport) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *NodeReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NodeReport) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *NodeReport) GetRevision() string {
+	if x != nil {
+		return x.Revision
+	}
+	return ""
+}
+
+func (x *NodeReport) GetAt() int64 {
+	if x != nil {
+		return x.At
+	}
+	return 0
+}
+
+func (x *NodeReport) GetWorkloads() []*WorkloadReport {
+	if x != nil {
+		return x.Workloads
+	}
+	return nil
+}
+
+func (x *NodeReport) GetClock() int64 {
+	if x != nil {
+		return x.Clock
+	}
+	return 0
+}
+
+func (x *NodeReport) GetSince() int64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // a join token, or a projected service account token
@@ -38,7 +211,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[0]
+	mi := &file_api_node_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -50,7 +223,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[0]
+	mi := &file_api_node_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -63,7 +236,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{0}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -89,7 +262,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[1]
+	mi := &file_api_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -101,7 +274,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[1]
+	mi := &file_api_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -114,7 +287,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -134,7 +307,7 @@ type NodeSVID struct {
 
 func (x *NodeSVID) Reset() {
 	*x = NodeSVID{}
-	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -146,7 +319,7 @@ func (x *NodeSVID) String() string {
 func (*NodeSVID) ProtoMessage() {}
 
 func (x *NodeSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -159,7 +332,7 @@ func (x *NodeSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSVID.ProtoReflect.Descriptor instead.
 func (*NodeSVID) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *NodeSVID) GetChain() [][]byte {
@@ -187,7 +360,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -199,7 +372,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -212,7 +385,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *IssueRequest) GetWorkload() string {
@@ -245,7 +418,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +430,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +443,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *IssueResponse) GetChain() [][]byte {
@@ -291,7 +464,7 @@ type IssueJWTRequest struct {
 
 func (x *IssueJWTRequest) Reset() {
 	*x = IssueJWTRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -303,7 +476,7 @@ func (x *IssueJWTRequest) String() string {
 func (*IssueJWTRequest) ProtoMessage() {}
 
 func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -316,7 +489,7 @@ func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTRequest.ProtoReflect.Descriptor instead.
 func (*IssueJWTRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IssueJWTRequest) GetWorkload() string {
@@ -349,7 +522,7 @@ type IssueJWTResponse struct {
 
 func (x *IssueJWTResponse) Reset() {
 	*x = IssueJWTResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -361,7 +534,7 @@ func (x *IssueJWTResponse) String() string {
 func (*IssueJWTResponse) ProtoMessage() {}
 
 func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -374,7 +547,7 @@ func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTResponse.ProtoReflect.Descriptor instead.
 func (*IssueJWTResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *IssueJWTResponse) GetToken() string {
@@ -395,7 +568,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +580,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +593,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchRequest) GetRevision() string {
@@ -444,7 +617,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -456,7 +629,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -469,7 +642,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReportRequest) GetRevision() string {
@@ -509,7 +682,7 @@ type WorkloadReport struct {
 
 func (x *WorkloadReport) Reset() {
 	*x = WorkloadReport{}
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +694,7 @@ func (x *WorkloadReport) String() string {
 func (*WorkloadReport) ProtoMessage() {}
 
 func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +707,7 @@ func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadReport.ProtoReflect.Descriptor instead.
 func (*WorkloadReport) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WorkloadReport) GetWorkload() string {
@@ -573,7 +746,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -585,7 +758,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -598,7 +771,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 // NodeState is all that a node's agent works with.
@@ -631,7 +804,7 @@ type NodeState struct {
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +816,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +829,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -753,7 +926,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +938,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +951,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -805,7 +978,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -817,7 +990,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -830,7 +1003,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Quarantined) GetName() string {
@@ -863,7 +1036,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +1048,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +1061,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -961,7 +1134,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1146,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1159,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -1042,7 +1215,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1227,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1240,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Capture) GetNetns() string {
@@ -1104,7 +1277,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1289,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1302,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1171,7 +1344,19 @@ var File_api_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_api_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x16api/node/v1/node.proto\x12\x0esignet.node.v1\"5\n" +
+	"\x16api/node/v1/node.proto\x12\x0esignet.node.v1\"\x0e\n" +
+	"\fNodesRequest\"A\n" +
+	"\rNodesResponse\x120\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1a.signet.node.v1.NodeReportR\x05nodes\"\xd4\x01\n" +
+	"\n" +
+	"NodeReport\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\tR\brevision\x12\x0e\n" +
+	"\x02at\x18\x04 \x01(\x03R\x02at\x12<\n" +
+	"\tworkloads\x18\x05 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\x12\x14\n" +
+	"\x05clock\x18\x06 \x01(\x03R\x05clock\x12\x14\n" +
+	"\x05since\x18\a \x01(\x03R\x05since\"5\n" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\" \n" +
@@ -1264,7 +1449,9 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x05Issue\x12\x1c.signet.node.v1.IssueRequest\x1a\x1d.signet.node.v1.IssueResponse\x12M\n" +
 	"\bIssueJWT\x12\x1f.signet.node.v1.IssueJWTRequest\x1a .signet.node.v1.IssueJWTResponse\x12B\n" +
 	"\x05Watch\x12\x1c.signet.node.v1.WatchRequest\x1a\x19.signet.node.v1.NodeState0\x01\x12G\n" +
-	"\x06Report\x12\x1d.signet.node.v1.ReportRequest\x1a\x1e.signet.node.v1.ReportResponseB2Z0github.com/signet-mesh/signet/api/node/v1;nodev1b\x06proto3"
+	"\x06Report\x12\x1d.signet.node.v1.ReportRequest\x1a\x1e.signet.node.v1.ReportResponse2Q\n" +
+	"\aReplica\x12F\n" +
+	"\x05Nodes\x12\x1c.signet.node.v1.NodesRequest\x1a\x1d.signet.node.v1.NodesResponse0\x01B2Z0github.com/signet-mesh/signet/api/node/v1;nodev1b\x06proto3"
 
 var (
 	file_api_node_v1_node_proto_rawDescOnce sync.Once
@@ -1278,52 +1465,59 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_api_node_v1_node_proto_goTypes = []any{
-	(*JoinRequest)(nil),      // 0: signet.node.v1.JoinRequest
-	(*RenewRequest)(nil),     // 1: signet.node.v1.RenewRequest
-	(*NodeSVID)(nil),         // 2: signet.node.v1.NodeSVID
-	(*IssueRequest)(nil),     // 3: signet.node.v1.IssueRequest
-	(*IssueResponse)(nil),    // 4: signet.node.v1.IssueResponse
-	(*IssueJWTRequest)(nil),  // 5: signet.node.v1.IssueJWTRequest
-	(*IssueJWTResponse)(nil), // 6: signet.node.v1.IssueJWTResponse
-	(*WatchRequest)(nil),     // 7: signet.node.v1.WatchRequest
-	(*ReportRequest)(nil),    // 8: signet.node.v1.ReportRequest
-	(*WorkloadReport)(nil),   // 9: signet.node.v1.WorkloadReport
-	(*ReportResponse)(nil),   // 10: signet.node.v1.ReportResponse
-	(*NodeState)(nil),        // 11: signet.node.v1.NodeState
-	(*JWTKey)(nil),           // 12: signet.node.v1.JWTKey
-	(*Quarantined)(nil),      // 13: signet.node.v1.Quarantined
-	(*Workload)(nil),         // 14: signet.node.v1.Workload
-	(*Attest)(nil),           // 15: signet.node.v1.Attest
-	(*Capture)(nil),          // 16: signet.node.v1.Capture
-	(*Policy)(nil),           // 17: signet.node.v1.Policy
+	(*NodesRequest)(nil),     // 0: signet.node.v1.NodesRequest
+	(*NodesResponse)(nil),    // 1: signet.node.v1.NodesResponse
+	(*NodeReport)(nil),       // 2: signet.node.v1.NodeReport
+	(*JoinRequest)(nil),      // 3: signet.node.v1.JoinRequest
+	(*RenewRequest)(nil),     // 4: signet.node.v1.RenewRequest
+	(*NodeSVID)(nil),         // 5: signet.node.v1.NodeSVID
+	(*IssueRequest)(nil),     // 6: signet.node.v1.IssueRequest
+	(*IssueResponse)(nil),    // 7: signet.node.v1.IssueResponse
+	(*IssueJWTRequest)(nil),  // 8: signet.node.v1.IssueJWTRequest
+	(*IssueJWTResponse)(nil), // 9: signet.node.v1.IssueJWTResponse
+	(*WatchRequest)(nil),     // 10: signet.node.v1.WatchRequest
+	(*ReportRequest)(nil),    // 11: signet.node.v1.ReportRequest
+	(*WorkloadReport)(nil),   // 12: signet.node.v1.WorkloadReport
+	(*ReportResponse)(nil),   // 13: signet.node.v1.ReportResponse
+	(*NodeState)(nil),        // 14: signet.node.v1.NodeState
+	(*JWTKey)(nil),           // 15: signet.node.v1.JWTKey
+	(*Quarantined)(nil),      // 16: signet.node.v1.Quarantined
+	(*Workload)(nil),         // 17: signet.node.v1.Workload
+	(*Attest)(nil),           // 18: signet.node.v1.Attest
+	(*Capture)(nil),          // 19: signet.node.v1.Capture
+	(*Policy)(nil),           // 20: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
-	9,  // 0: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
-	14, // 1: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	17, // 2: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	13, // 3: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	12, // 4: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
-	15, // 5: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	16, // 6: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	0,  // 7: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	1,  // 8: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	3,  // 9: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	5,  // 10: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
-	7,  // 11: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	8,  // 12: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	2,  // 13: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	2,  // 14: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	4,  // 15: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	6,  // 16: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
-	11, // 17: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	10, // 18: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	13, // [13:19] is the sub-list for method output_type
-	7,  // [7:13] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	2,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
+	12, // 1: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
+	12, // 2: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
+	17, // 3: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	20, // 4: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	16, // 5: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	15, // 6: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	18, // 7: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	19, // 8: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	3,  // 9: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	4,  // 10: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	6,  // 11: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	8,  // 12: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	10, // 13: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	11, // 14: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	0,  // 15: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
+	5,  // 16: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	5,  // 17: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	7,  // 18: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	9,  // 19: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	14, // 20: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	13, // 21: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	1,  // 22: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
+	16, // [16:23] is the sub-list for method output_type
+	9,  // [9:16] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1331,16 +1525,16 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[15].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[18].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   21,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_api_node_v1_node_proto_goTypes,
 		DependencyIndexes: file_api_node_v1_node_proto_depIdxs,

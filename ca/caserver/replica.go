@@ -1,0 +1,99 @@
+package caserver
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/ca"
+)
+
+// tellReplicas is how often other replicas are told what has changed.
+const tellReplicas = 500 * time.Millisecond
+
+// toReplica lets the control plane's own certificate in, and nobody else, until
+// that certificate expires. A node learns nothing about others.
+func (s *Server) toReplica(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	id, leaf, err := s.caller(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	if want := ca.ControlID(s.authority.TrustDomain()); id != want {
+		return s.refuse(stream.Context(), info.FullMethod, "", codes.PermissionDenied, "the certificate is for %q; only %q may call", id, want)
+	}
+	ctx, cancel := context.WithTimeout(stream.Context(), leaf.NotAfter.Sub(s.now()))
+	defer cancel()
+	return handler(srv, &nodeStream{stream, ctx})
+}
+
+// replicas serves the other replicas of the control plane.
+type replicas struct {
+	nodev1.UnimplementedReplicaServer
+	server *Server
+}
+
+// Replicas returns the service by which other replicas of the control plane
+// learn what this one's nodes report. It is to be registered on a gRPC server
+// made with ServerOptions.
+func (s *Server) Replicas() nodev1.ReplicaServer { return &replicas{server: s} }
+
+// Nodes implements nodev1.ReplicaServer.
+func (r *replicas) Nodes(_ *nodev1.NodesRequest, stream grpc.ServerStreamingServer[nodev1.NodesResponse]) error {
+	tick := time.NewTicker(tellReplicas)
+	defer tick.Stop()
+	for told := (*nodev1.NodesResponse)(nil); ; {
+		if now := toldOf(r.server.Reports()); told == nil || !proto.Equal(told, now) {
+			if err := stream.Send(now); err != nil {
+				return err
+			}
+			told = now
+		}
+		select {
+		case <-tick.C:
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		}
+	}
+}
+
+func toldOf(reports []NodeReport) *nodev1.NodesResponse {
+	out := &nodev1.NodesResponse{Nodes: make([]*nodev1.NodeReport, 0, len(reports))}
+	for _, n := range reports {
+		out.Nodes = append(out.Nodes, &nodev1.NodeReport{
+			Node: n.Node, Connected: n.Connected, Revision: n.Revision, Workloads: n.Workloads,
+			At: nanos(n.At), Clock: int64(n.Clock), Since: nanos(n.Since),
+		})
+	}
+	return out
+}
+
+// ReportsOf reads what a replica has told of its nodes.
+func ReportsOf(m *nodev1.NodesResponse) []NodeReport {
+	out := make([]NodeReport, 0, len(m.GetNodes()))
+	for _, n := range m.GetNodes() {
+		out = append(out, NodeReport{
+			Node: n.GetNode(), Connected: n.GetConnected(), Revision: n.GetRevision(), Workloads: n.GetWorkloads(),
+			At: instant(n.GetAt()), Clock: time.Duration(n.GetClock()), Since: instant(n.GetSince()),
+		})
+	}
+	return out
+}
+
+// nanos and instant carry the zero time as zero.
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+func instant(nanos int64) time.Time {
+	if nanos == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, nanos)
+}
