@@ -9,6 +9,7 @@ import (
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // node is what is known about a node that has proven its name. Entries are
@@ -136,22 +137,20 @@ func (s *Server) Reports() []NodeReport {
 	return out
 }
 
-// Nodes returns the nodes that have called since the start and those that
-// the newest view puts workloads on, sorted by name. Since is when a node was
-// last connected or lost, and zero for one that has never called.
-func (s *Server) Nodes() []adminv1.NodeStatus {
-	view, _ := s.feed.Get()
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// Nodes returns the nodes that there are reports of and those that a view puts
+// workloads on, sorted by name. Since is when a node was last connected or lost,
+// and zero for one that has never called.
+func Nodes(view *mesh.View, reports []NodeReport) []adminv1.NodeStatus {
 	var out []adminv1.NodeStatus
-	for name, n := range s.nodes {
-		out = append(out, adminv1.NodeStatus{Name: name, Connected: n.streams > 0, Revision: n.inForce(), Since: n.since})
+	known := make(map[string]bool)
+	for _, r := range reports {
+		known[r.Node] = true
+		out = append(out, adminv1.NodeStatus{Name: r.Node, Connected: r.Connected, Revision: r.Revision, Since: r.Since})
 	}
 	if view != nil && view.State != nil {
-		added := make(map[string]bool)
 		for _, w := range view.State.Workloads {
-			if s.nodes[w.Node] == nil && !added[w.Node] {
-				added[w.Node] = true
+			if !known[w.Node] {
+				known[w.Node] = true
 				out = append(out, adminv1.NodeStatus{Name: w.Node})
 			}
 		}

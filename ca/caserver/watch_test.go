@@ -128,8 +128,13 @@ func TestNodeStateIsDeterministic(t *testing.T) {
 	}
 }
 
+func (w *world) nodes() []adminv1.NodeStatus {
+	view, _ := w.feed.Get()
+	return Nodes(view, w.server.Reports())
+}
+
 func status1(w *world, name string) adminv1.NodeStatus {
-	for _, n := range w.server.Nodes() {
+	for _, n := range w.nodes() {
 		if n.Name == name {
 			return n
 		}
@@ -150,7 +155,7 @@ func waitFor(t *testing.T, ok func() bool) {
 // there.
 func TestNodes(t *testing.T) {
 	w := newWorld(t, nil)
-	if got := w.server.Nodes(); len(got) != 2 || got[0].Name != "one" || got[0].Connected || !got[0].Since.IsZero() {
+	if got := w.nodes(); len(got) != 2 || got[0].Name != "one" || got[0].Connected || !got[0].Since.IsZero() {
 		t.Errorf("before any call: %+v", got)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -121,9 +122,12 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		JWTKeyLife:   o.jwtKeyLife,
 		Log:          log,
 	}
+	if _, port, err := net.SplitHostPort(cfg.Listen); err == nil { // else it is a socket, which no other replica reaches
+		cfg.Replicas = func() []string { return watcher.Replicas(o.namespace, o.identity, port) }
+	}
 	cfg.Agents = func() []fanout.Node { return watcher.Agents(o.namespace) }
 	cfg.Attend = func(ctx context.Context, facts control.Facts) error {
-		watcher.FollowNodes(facts.Reports)
+		watcher.FollowNodes(facts.Own)
 		leader := &kube.Leader{
 			Client: client, Namespace: o.namespace, Identity: o.identity, Watcher: watcher,
 			Reports: facts.Reports, Bundle: facts.Bundle, Log: log,

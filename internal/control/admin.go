@@ -14,6 +14,7 @@ import (
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/adminserver"
 	"github.com/signet-mesh/signet/internal/fanout"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -40,12 +41,13 @@ func (c *control) status() adminv1.ControlStatus {
 	c.mu.Lock()
 	s := adminv1.ControlStatus{Version: c.cfg.Version, TrustDomain: c.trust, Since: c.since, Rejected: c.rejected}
 	c.mu.Unlock()
-	if view, _ := c.feed.Get(); view != nil {
+	view, _ := c.feed.Get()
+	if view != nil {
 		s.Revision = view.Revision
 		s.Policies = len(view.Model.Policies())
 	}
 	if nodes := c.nodes.Load(); nodes != nil {
-		s.Nodes = nodes.Nodes()
+		s.Nodes = caserver.Nodes(view, c.peers.with(nodes.Reports()))
 	}
 	return s
 }

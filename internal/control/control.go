@@ -44,8 +44,9 @@ type Source interface {
 // Facts are what a running control plane knows about its nodes and roots. The
 // functions are safe for concurrent use.
 type Facts struct {
-	// Reports is what the nodes connected to this replica say.
-	Reports func() []caserver.NodeReport
+	// Reports is what the nodes of the mesh say, whichever replica they are
+	// connected to; Own what those say that are connected to this one.
+	Reports, Own func() []caserver.NodeReport
 	// Bundle returns the roots, and a channel that is closed when they are no
 	// longer current.
 	Bundle func() ([]*x509.Certificate, <-chan struct{})
@@ -77,7 +78,10 @@ type Config struct {
 	// Agents lists the nodes' agents, which are asked for what an operator
 	// wants to know of the whole mesh; nil: nobody is asked.
 	Agents func() []fanout.Node
-	Log    *slog.Logger
+	// Replicas lists where nodes connect to the other replicas, host:port; nil:
+	// this is the only one.
+	Replicas func() []string
+	Log      *slog.Logger
 }
 
 // The places below a state directory.
@@ -100,6 +104,7 @@ type control struct {
 	nodes     atomic.Pointer[caserver.Server] // nil until the authority is open
 	authority atomic.Pointer[ca.Authority]    // nil until it is open
 	built     builds
+	peers     *peers // nil: there are no other replicas
 	mu        sync.Mutex
 	trust     string    // guarded by mu; the trust domain, fixed by the first view
 	since     time.Time // guarded by mu; when the view in force was set
@@ -116,6 +121,9 @@ func Run(ctx context.Context, cfg Config) error {
 		return errors.New("control: config: Source is missing")
 	}
 	c := &control{cfg: cfg, log: cfg.Log, started: make(chan struct{})}
+	if cfg.Replicas != nil {
+		c.peers = &peers{list: cfg.Replicas, log: cfg.Log, told: map[string][]caserver.NodeReport{}}
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	if cfg.HealthListen != "" {
 		l, err := listen(cfg.HealthListen)
@@ -165,6 +173,7 @@ func (c *control) serve(ctx context.Context) error {
 	}
 	server := grpc.NewServer(nodes.ServerOptions()...)
 	nodev1.RegisterNodeServer(server, nodes)
+	nodev1.RegisterReplicaServer(server, nodes.Replicas())
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(server, &xdsserver.Server{Open: c.open, Types: []string{xds.TypeCluster}, Log: c.log})
 	listener, err := listen(c.cfg.Listen)
 	if err != nil {
@@ -193,14 +202,25 @@ func (c *control) serve(ctx context.Context) error {
 		}
 		return nil
 	})
-	mesh, err := c.fanout(authority, td)
+	own, err := authority.ServerCertificate(ca.ControlID(td), caserver.DefaultNodeTTL)
 	if err != nil {
 		return err
+	}
+	mesh, err := c.fanout(authority, own)
+	if err != nil {
+		return err
+	}
+	if c.peers != nil {
+		if c.peers.tls, err = caserver.ClientTLS(caserver.ClientConfig{TrustDomain: td, Bundle: roots{authority}, Certificate: own.Get}); err != nil {
+			return err
+		}
+		g.Go(func() error { c.peers.run(ctx); return nil })
 	}
 	g.Go(func() error { return c.serveAdmin(ctx, admin, mesh) })
 	if c.cfg.Attend != nil {
 		g.Go(func() error {
-			return c.cfg.Attend(ctx, Facts{Reports: nodes.Reports, Bundle: authority.BundleUpdates})
+			all := func() []caserver.NodeReport { return c.peers.with(nodes.Reports()) }
+			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Bundle: authority.BundleUpdates})
 		})
 	}
 	c.log.Info("control plane serves", "trustDomain", td.Name(), "revision", first.Revision)
@@ -209,17 +229,13 @@ func (c *control) serve(ctx context.Context) error {
 
 // fanout asks the agents in the control plane's name; nil where there is nobody
 // to ask.
-func (c *control) fanout(authority *ca.Authority, td spiffeid.TrustDomain) (*fanout.Fanout, error) {
+func (c *control) fanout(authority *ca.Authority, own *ca.ServerCertificate) (*fanout.Fanout, error) {
 	if c.cfg.Agents == nil {
 		return nil, nil
 	}
-	cert, err := authority.ServerCertificate(ca.ControlID(td), caserver.DefaultNodeTTL)
-	if err != nil {
-		return nil, err
-	}
 	towards, err := fanout.NodeTLS(fanout.Identity{
-		Certificate: cert.Get, Bundle: roots{authority},
-		Node: func(name string) (spiffeid.ID, error) { return ca.NodeID(td, name) },
+		Certificate: own.Get, Bundle: roots{authority},
+		Node: func(name string) (spiffeid.ID, error) { return ca.NodeID(authority.TrustDomain(), name) },
 	})
 	if err != nil {
 		return nil, err

@@ -35,7 +35,8 @@ type Leader struct {
 	Namespace string   // of the release
 	Identity  string   // of this replica; empty: the host's name
 	Watcher   *Watcher // whose objects get a status
-	// Reports is what the nodes connected to this replica say.
+	// Reports is what the nodes of the mesh say, whichever replica they are
+	// connected to.
 	Reports func() []caserver.NodeReport
 	// Bundle returns the trust domain's roots, and a channel that is closed
 	// when they are no longer current.
