@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -252,8 +253,9 @@ func TestHelm(t *testing.T) {
 	b.gone()
 }
 
-// A user without Helm does the same with kubectl and the plain manifests. Images
-// are named by the release; the test gives them the tag of this tree.
+// A user without Helm does the same with kubectl and the plain manifests, by the
+// commands in docs/kubernetes.md. Images are named by the release; the test gives
+// them the tag of this tree.
 func TestManifests(t *testing.T) {
 	b := setUp(t)
 	pods := b.pods()
@@ -270,14 +272,43 @@ func TestManifests(t *testing.T) {
 	if err := os.WriteFile(manifests, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b.kubectl("apply", "--server-side", "-f", "../../deploy/manifests/crds.yaml")
-	b.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=1m")
-	b.kubectl("apply", "-f", manifests)
-	for _, what := range []string{"deployment/signet-control", "daemonset/signet-agent", "daemonset/signet-proxy"} {
-		b.kubectl("-n", "signet-system", "rollout", "status", what, "--timeout=3m")
+	install, remove := documented(t)
+	run := func(lines []string) {
+		for _, line := range lines {
+			line = strings.NewReplacer("deploy/manifests/signet.yaml", manifests, "deploy/manifests/", "../../deploy/manifests/").Replace(line)
+			b.kubectl(strings.Fields(line)[1:]...)
+		}
 	}
+	run(install)
 	b.enforce()
-	b.kubectl("delete", "--ignore-not-found", "-f", manifests, "--timeout=3m")
+	run(remove)
 	b.left(pods)
 	b.gone()
+}
+
+// documented returns the lines of the two blocks of commands that users are told
+// to install and to remove Signet with.
+func documented(t *testing.T) (install, remove []string) {
+	t.Helper()
+	text, err := os.ReadFile("../../docs/kubernetes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## Install and remove\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var blocks [][]string
+	for i, block := range strings.Split(section, "```") {
+		if i%2 == 1 {
+			blocks = append(blocks, strings.Split(strings.TrimSpace(strings.TrimPrefix(block, "sh\n")), "\n"))
+		}
+	}
+	if len(blocks) != 2 {
+		t.Fatalf("docs/kubernetes.md has %d blocks of commands to install and remove, want 2", len(blocks))
+	}
+	for _, line := range slices.Concat(blocks...) {
+		if !strings.HasPrefix(line, "kubectl ") {
+			t.Fatalf("docs/kubernetes.md: %q is not kubectl", line)
+		}
+	}
+	return blocks[0], blocks[1]
 }
