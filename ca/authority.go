@@ -62,13 +62,15 @@ type Authority struct {
 	jwtStore        JWTKeyStore
 	now             func() time.Time
 	log             *slog.Logger
-	root            *pair
+	rootTTL         time.Duration
 	linter          *linter
 	issuance        *Log
 	lock            *os.File
 
 	mu           sync.Mutex
 	closed       bool                // guarded by mu
+	root         *pair               // guarded by mu; replaced whole
+	next         *pair               // guarded by mu; the next root, nil: none is prepared
 	intermediate *pair               // guarded by mu; replaced whole
 	further      []*x509.Certificate // guarded by mu; replaced whole, never edited
 	changed      chan struct{}       // guarded by mu; closed and replaced when the bundle changes
@@ -98,9 +100,8 @@ func Open(opts Options) (*Authority, error) {
 	if a.intermediateTTL == 0 {
 		a.intermediateTTL = DefaultIntermediateTTL
 	}
-	rootTTL := opts.RootTTL
-	if rootTTL == 0 {
-		rootTTL = DefaultRootTTL
+	if a.rootTTL = opts.RootTTL; a.rootTTL == 0 {
+		a.rootTTL = DefaultRootTTL
 	}
 	if a.profile.TTL == 0 {
 		a.profile.TTL = DefaultTTL
@@ -119,8 +120,8 @@ func Open(opts Options) (*Authority, error) {
 		return nil, errors.New("ca: options: Dir is empty; name a directory for keys and the issuance log")
 	case a.td.IsZero():
 		return nil, errors.New("ca: options: TrustDomain is empty")
-	case rootTTL < 0 || a.intermediateTTL < 0 || a.intermediateTTL > rootTTL:
-		return nil, fmt.Errorf("ca: options: IntermediateTTL %s must be positive and not above RootTTL %s", a.intermediateTTL, rootTTL)
+	case a.rootTTL < 0 || a.intermediateTTL < 0 || a.intermediateTTL > a.rootTTL:
+		return nil, fmt.Errorf("ca: options: IntermediateTTL %s must be positive and not above RootTTL %s", a.intermediateTTL, a.rootTTL)
 	}
 	if err := checkTTL(a.profile.TTL); err != nil {
 		return nil, fmt.Errorf("ca: options: Profile.TTL: %w", err)
@@ -128,14 +129,14 @@ func Open(opts Options) (*Authority, error) {
 	if err := CheckJWTKeyLife(a.jwtKeyLife); err != nil {
 		return nil, fmt.Errorf("ca: options: JWTKeyLife: %w", err)
 	}
-	if err := a.open(rootTTL); err != nil {
+	if err := a.open(); err != nil {
 		a.Close()
 		return nil, fmt.Errorf("ca: %w", err)
 	}
 	return a, nil
 }
 
-func (a *Authority) open(rootTTL time.Duration) error {
+func (a *Authority) open() error {
 	if err := secureDir(a.dir); err != nil {
 		return err
 	}
@@ -146,12 +147,12 @@ func (a *Authority) open(rootTTL time.Duration) error {
 	if err := removeLeftovers(a.dir); err != nil {
 		return fmt.Errorf("remove what a crash left behind: %w", err)
 	}
-	for _, name := range []string{rootName, intermediateName} {
+	for _, name := range []string{rootName, nextRootName, intermediateName} {
 		if err := finishPair(a.dir, name); err != nil {
 			return fmt.Errorf("finish the interrupted replacement of the %s: %w", name, err)
 		}
 	}
-	if a.root, err = a.openRoot(rootTTL); err != nil {
+	if a.root, err = a.openRoot(a.rootTTL); err != nil {
 		return err
 	}
 	furtherPath := filepath.Join(a.dir, furtherRootsFile)
@@ -162,6 +163,9 @@ func (a *Authority) open(rootTTL time.Duration) error {
 		if err := checkFurtherRoot(a.td, c); err != nil {
 			return fmt.Errorf("%s: %q: %w", furtherPath, c.Subject, err)
 		}
+	}
+	if err := a.openNext(); err != nil {
+		return err
 	}
 	if a.issuance, err = openLog(filepath.Join(a.dir, logFile), a.log); err != nil {
 		return fmt.Errorf("open the issuance log: %w", err)
@@ -303,13 +307,19 @@ func (a *Authority) Bundle() []*x509.Certificate {
 func (a *Authority) BundleUpdates() ([]*x509.Certificate, <-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return append([]*x509.Certificate{a.root.cert}, a.further...), a.changed
+	bundle := []*x509.Certificate{a.root.cert}
+	if a.next != nil {
+		bundle = append(bundle, a.next.cert)
+	}
+	return append(bundle, a.further...), a.changed
 }
 
 // PublishRoots replaces the roots that nodes trust besides the authority's
-// own: the next root before it signs, the former one until its last
-// certificate has expired. The set is durable before PublishRoots returns.
+// own: the former one until its last certificate has expired. The set is durable
+// before PublishRoots returns.
 func (a *Authority) PublishRoots(further []*x509.Certificate) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	var set []*x509.Certificate
 	for _, c := range further {
 		if err := checkFurtherRoot(a.td, c); err != nil {
@@ -319,8 +329,6 @@ func (a *Authority) PublishRoots(further []*x509.Certificate) error {
 			set = append(set, c)
 		}
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	if a.closed {
 		return errClosed
 	}
@@ -336,8 +344,7 @@ func (a *Authority) PublishRoots(further []*x509.Certificate) error {
 		return fmt.Errorf("ca: publish roots: %w", err)
 	}
 	a.further = set
-	close(a.changed)
-	a.changed = make(chan struct{})
+	a.bundleChanged()
 	return nil
 }
 

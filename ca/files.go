@@ -19,6 +19,7 @@ import (
 // Names in the authority's directory. A pair is <name>.crt and <name>.key.
 const (
 	rootName         = "root"
+	nextRootName     = "next-root"
 	intermediateName = "intermediate"
 	furtherRootsFile = "further-roots.crt"
 	logFile          = "issuance.log"

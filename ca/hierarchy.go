@@ -45,7 +45,8 @@ func caTemplate(td spiffeid.TrustDomain, cn string, now, notAfter time.Time) (*x
 	}
 	return &x509.Certificate{
 		SerialNumber:          serial,
-		Subject:               pkix.Name{CommonName: cn},
+		// The number keeps two roots apart where issuers are found by name.
+		Subject:               pkix.Name{CommonName: cn, SerialNumber: fmt.Sprintf("%016x", new(big.Int).Rsh(serial, 64).Uint64())},
 		NotBefore:             now.Add(-backdate),
 		NotAfter:              notAfter,
 		URIs:                  []*url.URL{td.ID().URL()},

@@ -42,7 +42,7 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 	if age := now.Sub(p.at); age > preparedFor || age < -preparedFor {
 		return nil, fmt.Errorf("ca: issue: the request was prepared %s ago; prepare it again", age)
 	}
-	signer, err := a.signer(p, now)
+	signer, root, err := a.signer(p, now)
 	if err != nil {
 		return nil, fmt.Errorf("ca: issue: %w", err)
 	}
@@ -68,7 +68,7 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 		return nil, fmt.Errorf("ca: issue: record the intent: %w", err)
 	}
 
-	cert, err := a.sign(&tmpl, p, signer, spki, now)
+	cert, err := a.sign(&tmpl, p, signer, root, spki, now)
 	outcome := line{Time: a.now(), Serial: serial}
 	if err != nil {
 		outcome.Error = err.Error()
@@ -91,7 +91,7 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 }
 
 // sign makes the certificate and looks at it once more before it leaves.
-func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, spki []byte, now time.Time) (*x509.Certificate, error) {
+func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, root *x509.Certificate, spki []byte, now time.Time) (*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, signer.cert, p.pub, signer.key)
 	if err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
@@ -103,7 +103,7 @@ func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, spki
 	if err := Lint(cert); err != nil {
 		return nil, err
 	}
-	id, _, err := x509svid.Verify([]*x509.Certificate{cert, signer.cert}, a.ownBundle(), x509svid.WithTime(now))
+	id, _, err := x509svid.Verify([]*x509.Certificate{cert, signer.cert}, a.bundleOf(root), x509svid.WithTime(now))
 	if err != nil {
 		return nil, err
 	}
@@ -113,13 +113,13 @@ func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, spki
 	return cert, nil
 }
 
-// signer returns the intermediate to sign p with, after renewing it when it
+// signer returns the intermediate to sign p with, and its root, after renewing it when it
 // is past half its life or would cut p's lifetime by more than half.
-func (a *Authority) signer(p *Prepared, now time.Time) (*pair, error) {
+func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root *x509.Certificate, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.closed {
-		return nil, errClosed
+		return nil, nil, errClosed
 	}
 	cur := a.intermediate.cert
 	left := cur.NotAfter.Sub(now)
@@ -134,20 +134,20 @@ func (a *Authority) signer(p *Prepared, now time.Time) (*pair, error) {
 	if (past || short) && next.After(cur.NotAfter.Add(time.Second)) || now.Before(cur.NotBefore) {
 		if err := a.renewIntermediate(); err != nil {
 			if short || now.Before(cur.NotBefore) {
-				return nil, err
+				return nil, nil, err
 			}
 			a.log.Error("the intermediate is past half its life and could not be renewed", "err", err, "not_after", stamp(cur.NotAfter))
 		}
 	}
-	return a.intermediate, nil
+	return a.intermediate, a.root.cert, nil
 }
 
-// ownBundle is the source that holds the authority's own root only.
-func (a *Authority) ownBundle() bundleFunc {
+// bundleOf is the source that holds one root of the authority's only.
+func (a *Authority) bundleOf(root *x509.Certificate) bundleFunc {
 	return func(td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
 		if td != a.td {
 			return nil, fmt.Errorf("no bundle for trust domain %q", td)
 		}
-		return []*x509.Certificate{a.root.cert}, nil
+		return []*x509.Certificate{root}, nil
 	}
 }

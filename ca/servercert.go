@@ -22,12 +22,14 @@ type ServerCertificate struct {
 
 	mu      sync.Mutex
 	cert    *tls.Certificate // guarded by mu; replaced whole
+	root    Fingerprint      // guarded by mu; of the root that signed when cert was made
 	renewAt time.Time        // guarded by mu
 }
 
 // ServerCertificate returns a certificate for id that renews itself when it
-// is used past half its life. A ttl of zero means the profile's. The first
-// certificate is issued at once, so that a misconfiguration shows early.
+// is used past half its life, or when another root signs. A ttl of zero means
+// the profile's. The first certificate is issued at once, so that a
+// misconfiguration shows early.
 func (a *Authority) ServerCertificate(id spiffeid.ID, ttl time.Duration) (*ServerCertificate, error) {
 	s := &ServerCertificate{authority: a, id: id, ttl: ttl}
 	if _, err := s.Get(); err != nil {
@@ -48,7 +50,8 @@ func (s *ServerCertificate) Get() (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.authority.now()
-	if s.cert != nil && now.Before(s.renewAt) && !now.Before(s.cert.Leaf.NotBefore) {
+	root := FingerprintOf(s.authority.Roots()[0].Certificate) // before the certificate is made
+	if s.cert != nil && root == s.root && now.Before(s.renewAt) && !now.Before(s.cert.Leaf.NotBefore) {
 		return s.cert, nil
 	}
 	cert, renewAt, err := s.renew(now)
@@ -59,7 +62,7 @@ func (s *ServerCertificate) Get() (*tls.Certificate, error) {
 		}
 		return nil, err
 	}
-	s.cert, s.renewAt = cert, renewAt
+	s.cert, s.root, s.renewAt = cert, root, renewAt
 	return cert, nil
 }
 
