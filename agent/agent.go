@@ -80,21 +80,23 @@ func AdminSocket(run string) string { return filepath.Join(run, "admin.sock") }
 
 // agent is one running agent.
 type agent struct {
-	cfg      Config
-	log      *slog.Logger
-	node     *nodeIdentity
-	svids    *svid.Manager
-	relay    *relay.Relay
-	attestor *attest.Attestor
-	store    *audit.Store
-	tailer   *audit.Tailer
-	live     *live
-	plain    *plaintext
-	rules    capturing
-	pods     *pods   // nil outside a cluster
-	probes   *probes // nil outside a cluster
-	client   nodev1.NodeClient
-	ipv6     bool // the kernel has IPv6
+	cfg       Config
+	log       *slog.Logger
+	node      *nodeIdentity
+	svids     *svid.Manager
+	relay     *relay.Relay
+	attestor  *attest.Attestor
+	store     *audit.Store
+	tailer    *audit.Tailer
+	live      *live
+	plain     *plaintext
+	rules     capturing
+	pods      *pods   // nil outside a cluster
+	probes    *probes // nil outside a cluster
+	client    nodev1.NodeClient
+	workloads *workloadapi.Server
+	roots     roots // only reports uses it
+	ipv6      bool  // the kernel has IPv6
 
 	connected atomic.Bool   // the control plane's watch is open
 	ready     atomic.Bool   // a state has been taken
@@ -170,7 +172,7 @@ func (a *agent) serve(ctx context.Context) error {
 	a.client = nodev1.NewNodeClient(conn)
 	proxy := grpc.NewServer()
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(proxy, a.relay.Server())
-	workloads := workloadapi.New(workloadapi.Config{
+	a.workloads = workloadapi.New(workloadapi.Config{
 		SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Log: a.log,
 	})
 
@@ -186,7 +188,7 @@ func (a *agent) serve(ctx context.Context) error {
 			return err
 		}
 	}
-	g.Go(func() error { return workloads.Serve(ctx, workloadSocket) })
+	g.Go(func() error { return a.workloads.Serve(ctx, workloadSocket) })
 	g.Go(func() error { return a.tailer.Run(ctx) })
 	g.Go(func() error { return a.svids.Run(ctx) })
 	run(a.relay.FollowKeys)

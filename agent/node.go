@@ -37,6 +37,7 @@ type nodeIdentity struct {
 	target string
 	token  string // file with a join token
 	log    *slog.Logger
+	renew  chan struct{} // holds one signal: the roots were set
 
 	mu        sync.Mutex
 	cert      *tls.Certificate // guarded by mu; Leaf is set; replaced whole
@@ -50,7 +51,7 @@ func openNode(cfg Config) (*nodeIdentity, error) {
 	if err != nil {
 		return nil, fmt.Errorf("trust domain: %w", err)
 	}
-	n := &nodeIdentity{dir: cfg.StateDir, target: cfg.Control, token: cfg.JoinToken, log: cfg.Log}
+	n := &nodeIdentity{dir: cfg.StateDir, target: cfg.Control, token: cfg.JoinToken, log: cfg.Log, renew: make(chan struct{}, 1)}
 	n.bundle, err = x509bundle.Load(td, n.bundleFile())
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(n.bundle.X509Authorities()) == 0 {
 		n.bundle, err = x509bundle.Load(td, cfg.Bundle)
@@ -143,8 +144,9 @@ func (n *nodeIdentity) tryJoin(ctx context.Context) error {
 	})
 }
 
-// keep renews at half of the certificate's life until ctx ends. A failed
-// renewal keeps the certificate that is still valid.
+// keep renews at half of the certificate's life, or as soon as another root
+// signs, until ctx ends. A failed renewal keeps the certificate that is still
+// valid.
 func (n *nodeIdentity) keep(ctx context.Context, client nodev1.NodeClient) {
 	for {
 		cert, err := n.certificate()
@@ -153,9 +155,14 @@ func (n *nodeIdentity) keep(ctx context.Context, client nodev1.NodeClient) {
 		}
 		leaf := cert.Leaf
 		wait := max(time.Until(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore)/2)), time.Second)
+		if root, ok := rootOf(cert.Certificate, n.bundle.X509Authorities()); !ok || !root.Equal(n.bundle.X509Authorities()[0]) {
+			wait = min(wait, time.Second) // the next try, if this is one
+		}
 		select {
 		case <-ctx.Done():
 			return
+		case <-n.renew:
+			continue
 		case <-time.After(wait):
 		}
 		err = n.obtain(ctx, func(ctx context.Context, csr []byte) (*nodev1.NodeSVID, error) {
@@ -215,13 +222,10 @@ func (n *nodeIdentity) obtain(ctx context.Context, ask func(context.Context, []b
 	if err := wholefile.Write(n.file(), text); err != nil {
 		return err
 	}
-	if err := n.setBundle(svid.GetBundle()); err != nil {
-		return err
-	}
 	n.mu.Lock()
-	defer n.mu.Unlock()
 	n.cert = cert
-	return nil
+	n.mu.Unlock()
+	return n.setBundle(svid.GetBundle())
 }
 
 // setBundle replaces the roots. An empty set is ignored: it would cut the
@@ -241,6 +245,10 @@ func (n *nodeIdentity) setBundle(ders [][]byte) error {
 		return nil
 	}
 	n.bundle.SetX509Authorities(roots)
+	select {
+	case n.renew <- struct{}{}:
+	default:
+	}
 	return wholefile.Write(n.bundleFile(), text)
 }
 

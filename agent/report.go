@@ -55,6 +55,7 @@ func (a *agent) report(ctx context.Context) {
 		w := &s.workloads[i]
 		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: bounded(problems[w.Key()]), Repaired: a.rules.repairedSince(w.UID, time.Now().Add(-tellRepairs))})
 	}
+	m.Roots = a.reportRoots(s)
 	if proto.Equal(m, last.message) && time.Since(last.at) < reportEvery {
 		return
 	}

@@ -25,6 +25,7 @@ type Relay struct {
 	upstream versioned               // guarded by mu; from the control plane
 	local    versioned               // guarded by mu; built on this node
 	secrets  map[string]xds.Resource // guarded by mu; replaced whole
+	held     Held                    // guarded by mu; what the secrets were made of
 	merged   versioned               // guarded by mu; upstream, local and secrets
 	onDemand map[string]answer       // guarded by mu; clusters asked for by name
 	present  map[string]uint64       // guarded by mu; network namespaces that exist

@@ -34,10 +34,33 @@ func (r *Relay) FollowKeys(ctx context.Context) {
 	}
 }
 
+// Held is what the proxies get of the node's certificates. It is shared: callers
+// must not edit it.
+type Held struct {
+	Bundle []*x509.Certificate
+	SVIDs  []*svid.SVID
+}
+
+// Held returns what the proxies get of the node's certificates, and whether all
+// that are connected have taken it.
+func (r *Relay) Held() (held Held, taken bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	taken = true
+	for p := range r.proxies {
+		if r.draining(p.instance) && p.refused != "" {
+			continue // see Proxy
+		}
+		taken = taken && p.settled != "" && p.settled == r.merged.version
+	}
+	return r.held, taken
+}
+
 // readKeys rebuilds the secrets from the certificates that are held now.
 func (r *Relay) readKeys() {
 	set := xds.Set{}
-	if bundle := r.keys.Bundle(); len(bundle) > 0 {
+	held := Held{Bundle: r.keys.Bundle(), SVIDs: r.keys.All()}
+	if bundle := held.Bundle; len(bundle) > 0 {
 		r.secret(set, xds.BundleSecret, &tlsv3.Secret{
 			Name: xds.BundleSecret,
 			Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
@@ -45,7 +68,7 @@ func (r *Relay) readKeys() {
 			}},
 		})
 	}
-	for _, s := range r.keys.All() {
+	for _, s := range held.SVIDs {
 		key, err := s.KeyPEM()
 		if err != nil {
 			r.log.Error("a certificate's key cannot be given to the proxy", "id", s.ID, "error", err)
@@ -63,7 +86,7 @@ func (r *Relay) readKeys() {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.secrets = set[xds.TypeSecret]
+	r.secrets, r.held = set[xds.TypeSecret], held
 	r.publish()
 }
 

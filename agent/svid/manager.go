@@ -53,7 +53,8 @@ type Config struct {
 // State is all that the manager works with, as the control plane last said.
 type State struct {
 	TrustDomain spiffeid.TrustDomain
-	// Bundle is the full set of the trust domain's roots.
+	// Bundle is the full set of the trust domain's roots, the one that signs
+	// first. Certificates of another are renewed soon.
 	Bundle []*x509.Certificate
 	// JWTKeys are the keys that verify the trust domain's JWT-SVIDs, by kid.
 	JWTKeys map[string]crypto.PublicKey
@@ -212,6 +213,12 @@ func (m *Manager) Update(s State) {
 		case !sameRoots:
 			if _, err := check(h.id, h.current.Key.Public(), h.current.Chain, m.bundle, now); err != nil {
 				h.attemptAt = now // peers with the new bundle refuse the one we have
+			} else if _, err := check(h.id, h.current.Key.Public(), h.current.Chain, m.bundle[:1], now); err != nil {
+				// Another root signs, and this one is to be retired soon.
+				spread := min(h.current.NotAfter.Sub(h.current.NotBefore)/20, rotationSpread)
+				if at := now.Add(time.Duration(m.jitter() * float64(spread))); at.Before(h.attemptAt) {
+					h.attemptAt = at
+				}
 			}
 		}
 		// A new state means that the control plane is there: what failed is

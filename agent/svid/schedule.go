@@ -8,6 +8,10 @@ const (
 	maxBackoff = 30 * time.Second
 )
 
+// rotationSpread is the longest time over which certificates are renewed when
+// another root signs.
+const rotationSpread = 30 * time.Second
+
 // renewAt is the instant to renew a certificate that was obtained at the
 // instant now: half of what is left of it, moved by up to a tenth either way.
 // It counts from the day the certificate was obtained and not from NotBefore,

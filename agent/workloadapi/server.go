@@ -77,6 +77,44 @@ type Server struct {
 	stopping chan struct{} // closed when Serve is told to end
 	calls    counter
 	refusals *rate.Limiter // of log lines, which strangers cause
+
+	mu      sync.Mutex
+	streams map[*follower]bool // guarded by mu; those that have got an answer
+}
+
+// follower is a stream that is kept up to date.
+type follower struct {
+	changed <-chan struct{} // closed when there may be more than what it was sent
+}
+
+// Behind returns how many open streams may not have been sent the newest
+// certificates and roots yet.
+func (s *Server) Behind() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for f := range s.streams {
+		select {
+		case <-f.changed:
+			n++
+		default:
+		}
+	}
+	return n
+}
+
+// sent notes that a stream has been sent all that there was before changed is
+// closed.
+func (s *Server) sent(f *follower, changed <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f.changed = changed
+	s.streams[f] = true
+}
+
+func (s *Server) ended(f *follower) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.streams, f)
 }
 
 // New returns a Server.
@@ -84,7 +122,7 @@ func New(c Config) *Server {
 	s := &Server{
 		svids: c.SVIDs, attestor: c.Attestor, ready: c.Ready, log: c.Log,
 		perUID:   cmp.Or(c.PerUID, DefaultPerUID),
-		stopping: make(chan struct{}),
+		stopping: make(chan struct{}), streams: map[*follower]bool{},
 		refusals: rate.NewLimiter(10, 50),
 	}
 	if s.ready == nil {

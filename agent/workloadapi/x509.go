@@ -48,6 +48,8 @@ func follow[T any, M interface {
 	}
 	log := s.log.With("method", method, "pid", p.PID, "uid", p.UID)
 
+	f := &follower{}
+	defer s.ended(f)
 	var (
 		last     M           // nil before the first message
 		patience *time.Timer // runs while a certificate is waited for
@@ -80,6 +82,9 @@ func follow[T any, M interface {
 			}
 			log.Debug("sent an update", "ids", ids)
 			last = msg
+		}
+		if last != nil {
+			s.sent(f, svids)
 		}
 		select {
 		case <-ctx.Done():

@@ -25,6 +25,7 @@ type node struct {
 	report   []*nodev1.WorkloadReport // guarded by Server.mu; replaced whole
 	reported time.Time                // guarded by Server.mu; when; zero: never
 	clock    time.Duration            // guarded by Server.mu; how far its clock is ahead, by its last report; 0: hardly
+	roots    *nodev1.Roots            // guarded by Server.mu; of its last report, never edited; nil: it did not say
 	since    time.Time                // guarded by Server.mu; when connected last changed
 }
 
@@ -120,6 +121,9 @@ type NodeReport struct {
 	// Clock is how far the node's clock is ahead of this one; negative: behind;
 	// zero: within what certificates allow for, or not said.
 	Clock time.Duration
+	// Roots is which roots the node trusts and uses; nil: it did not say. It is
+	// shared: callers must not edit it.
+	Roots *nodev1.Roots
 	// Since is when Connected last changed.
 	Since time.Time
 }
@@ -131,7 +135,7 @@ func (s *Server) Reports() []NodeReport {
 	defer s.mu.Unlock()
 	out := make([]NodeReport, 0, len(s.nodes))
 	for name, n := range s.nodes {
-		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report, Clock: n.clock, Since: n.since})
+		out = append(out, NodeReport{Node: name, Connected: n.streams > 0, Revision: n.inForce(), At: n.reported, Workloads: n.report, Clock: n.clock, Roots: n.roots, Since: n.since})
 	}
 	slices.SortFunc(out, func(a, b NodeReport) int { return cmp.Compare(a.Node, b.Node) })
 	return out

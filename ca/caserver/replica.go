@@ -65,7 +65,7 @@ func toldOf(reports []NodeReport) *nodev1.NodesResponse {
 	for _, n := range reports {
 		out.Nodes = append(out.Nodes, &nodev1.NodeReport{
 			Node: n.Node, Connected: n.Connected, Revision: n.Revision, Workloads: n.Workloads,
-			At: nanos(n.At), Clock: int64(n.Clock), Since: nanos(n.Since),
+			At: nanos(n.At), Clock: int64(n.Clock), Since: nanos(n.Since), Roots: n.Roots,
 		})
 	}
 	return out
@@ -77,7 +77,7 @@ func ReportsOf(m *nodev1.NodesResponse) []NodeReport {
 	for _, n := range m.GetNodes() {
 		out = append(out, NodeReport{
 			Node: n.GetNode(), Connected: n.GetConnected(), Revision: n.GetRevision(), Workloads: n.GetWorkloads(),
-			At: instant(n.GetAt()), Clock: time.Duration(n.GetClock()), Since: instant(n.GetSince()),
+			At: instant(n.GetAt()), Clock: time.Duration(n.GetClock()), Since: instant(n.GetSince()), Roots: n.GetRoots(),
 		})
 	}
 	return out

@@ -93,6 +93,7 @@ func sameState(a, b *nodev1.NodeState) bool {
 const (
 	maxReported = 4096 // workloads
 	maxProblem  = 1024 // bytes of one problem
+	maxRoots    = 16
 )
 
 // Report notes how far the calling node's proxy is, and how its workloads are.
@@ -114,12 +115,16 @@ func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1
 			return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "workloads: an entry is too long; a problem may have %d bytes", maxProblem)
 		}
 	}
+	roots := req.GetRoots()
+	if len(roots.GetTrusted()) > maxRoots || len(roots.GetUsed()) > maxRoots || len(roots.GetWaits()) > maxProblem {
+		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "roots: at most %d of each kind, and %d bytes of what waits", maxRoots, maxProblem)
+	}
 	own := s.ownReports(ctx, name, req.GetWorkloads())
 	off := s.clockOf(req)
 	s.mu.Lock()
 	n := s.nodeLocked(name)
 	was := n.clock
-	n.revision, n.report, n.reported, n.clock = req.GetRevision(), own, s.now(), off
+	n.revision, n.report, n.reported, n.clock, n.roots = req.GetRevision(), own, s.now(), off, roots
 	s.mu.Unlock()
 	switch {
 	case was == 0 && off != 0:

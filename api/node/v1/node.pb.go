@@ -118,6 +118,7 @@ type NodeReport struct {
 	Workloads     []*WorkloadReport      `protobuf:"bytes,5,rep,name=workloads,proto3" json:"workloads,omitempty"`  // of its report
 	Clock         int64                  `protobuf:"varint,6,opt,name=clock,proto3" json:"clock,omitempty"`         // how far its clock is ahead, in nanoseconds; 0: hardly
 	Since         int64                  `protobuf:"varint,7,opt,name=since,proto3" json:"since,omitempty"`         // when connected last changed, in nanoseconds since 1970
+	Roots         *Roots                 `protobuf:"bytes,8,opt,name=roots,proto3" json:"roots,omitempty"`          // of its report
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -199,6 +200,13 @@ func (x *NodeReport) GetSince() int64 {
 		return x.Since
 	}
 	return 0
+}
+
+func (x *NodeReport) GetRoots() *Roots {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
 }
 
 type JoinRequest struct {
@@ -610,7 +618,8 @@ type ReportRequest struct {
 	// Every enrolled workload of the node, as the agent last saw it.
 	Workloads []*WorkloadReport `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
 	// What the node's clock says, in seconds since 1970; 0: it does not say.
-	Clock         int64 `protobuf:"varint,3,opt,name=clock,proto3" json:"clock,omitempty"`
+	Clock         int64  `protobuf:"varint,3,opt,name=clock,proto3" json:"clock,omitempty"`
+	Roots         *Roots `protobuf:"bytes,4,opt,name=roots,proto3" json:"roots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -666,6 +675,74 @@ func (x *ReportRequest) GetClock() int64 {
 	return 0
 }
 
+func (x *ReportRequest) GetRoots() *Roots {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+// Roots is which roots a node trusts and uses, by SHA-256 of the certificate.
+type Roots struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Trusted       [][]byte               `protobuf:"bytes,1,rep,name=trusted,proto3" json:"trusted,omitempty"` // by everything on the node: agent, proxies, open streams of the Workload API
+	Used          [][]byte               `protobuf:"bytes,2,rep,name=used,proto3" json:"used,omitempty"`       // by any certificate held on the node, its own too
+	Waits         string                 `protobuf:"bytes,3,opt,name=waits,proto3" json:"waits,omitempty"`     // what on the node is behind; empty: nothing
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Roots) Reset() {
+	*x = Roots{}
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Roots) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Roots) ProtoMessage() {}
+
+func (x *Roots) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Roots.ProtoReflect.Descriptor instead.
+func (*Roots) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Roots) GetTrusted() [][]byte {
+	if x != nil {
+		return x.Trusted
+	}
+	return nil
+}
+
+func (x *Roots) GetUsed() [][]byte {
+	if x != nil {
+		return x.Used
+	}
+	return nil
+}
+
+func (x *Roots) GetWaits() string {
+	if x != nil {
+		return x.Waits
+	}
+	return ""
+}
+
 type WorkloadReport struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Workload string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // namespace/name
@@ -682,7 +759,7 @@ type WorkloadReport struct {
 
 func (x *WorkloadReport) Reset() {
 	*x = WorkloadReport{}
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +771,7 @@ func (x *WorkloadReport) String() string {
 func (*WorkloadReport) ProtoMessage() {}
 
 func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +784,7 @@ func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadReport.ProtoReflect.Descriptor instead.
 func (*WorkloadReport) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WorkloadReport) GetWorkload() string {
@@ -746,7 +823,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -758,7 +835,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -771,7 +848,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 // NodeState is all that a node's agent works with.
@@ -779,7 +856,7 @@ type NodeState struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Revision       string                 `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"` // content hash of policies and state
 	TrustDomain    string                 `protobuf:"bytes,2,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	Bundle         [][]byte               `protobuf:"bytes,3,rep,name=bundle,proto3" json:"bundle,omitempty"` // DER roots, full set
+	Bundle         [][]byte               `protobuf:"bytes,3,rep,name=bundle,proto3" json:"bundle,omitempty"` // DER roots, full set; the first is the one that signs
 	SvidTtlSeconds int64                  `protobuf:"varint,4,opt,name=svid_ttl_seconds,json=svidTtlSeconds,proto3" json:"svid_ttl_seconds,omitempty"`
 	Workloads      []*Workload            `protobuf:"bytes,5,rep,name=workloads,proto3" json:"workloads,omitempty"` // enrolled workloads of this node
 	Policies       []*Policy              `protobuf:"bytes,6,rep,name=policies,proto3" json:"policies,omitempty"`   // policies that protect them
@@ -804,7 +881,7 @@ type NodeState struct {
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +893,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +906,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -926,7 +1003,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -938,7 +1015,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -951,7 +1028,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -978,7 +1055,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -990,7 +1067,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1003,7 +1080,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Quarantined) GetName() string {
@@ -1036,7 +1113,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1048,7 +1125,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1061,7 +1138,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -1134,7 +1211,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1146,7 +1223,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1159,7 +1236,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -1215,7 +1292,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1304,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1317,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Capture) GetNetns() string {
@@ -1277,7 +1354,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1366,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1379,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1347,7 +1424,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x16api/node/v1/node.proto\x12\x0esignet.node.v1\"\x0e\n" +
 	"\fNodesRequest\"A\n" +
 	"\rNodesResponse\x120\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x1a.signet.node.v1.NodeReportR\x05nodes\"\xd4\x01\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1a.signet.node.v1.NodeReportR\x05nodes\"\x81\x02\n" +
 	"\n" +
 	"NodeReport\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
@@ -1356,7 +1433,8 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x02at\x18\x04 \x01(\x03R\x02at\x12<\n" +
 	"\tworkloads\x18\x05 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\x12\x14\n" +
 	"\x05clock\x18\x06 \x01(\x03R\x05clock\x12\x14\n" +
-	"\x05since\x18\a \x01(\x03R\x05since\"5\n" +
+	"\x05since\x18\a \x01(\x03R\x05since\x12+\n" +
+	"\x05roots\x18\b \x01(\v2\x15.signet.node.v1.RootsR\x05roots\"5\n" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\" \n" +
@@ -1378,11 +1456,16 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x10IssueJWTResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\"*\n" +
 	"\fWatchRequest\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\tR\brevision\"\x7f\n" +
+	"\brevision\x18\x01 \x01(\tR\brevision\"\xac\x01\n" +
 	"\rReportRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12<\n" +
 	"\tworkloads\x18\x02 \x03(\v2\x1e.signet.node.v1.WorkloadReportR\tworkloads\x12\x14\n" +
-	"\x05clock\x18\x03 \x01(\x03R\x05clock\"t\n" +
+	"\x05clock\x18\x03 \x01(\x03R\x05clock\x12+\n" +
+	"\x05roots\x18\x04 \x01(\v2\x15.signet.node.v1.RootsR\x05roots\"K\n" +
+	"\x05Roots\x12\x18\n" +
+	"\atrusted\x18\x01 \x03(\fR\atrusted\x12\x12\n" +
+	"\x04used\x18\x02 \x03(\fR\x04used\x12\x14\n" +
+	"\x05waits\x18\x03 \x01(\tR\x05waits\"t\n" +
 	"\x0eWorkloadReport\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
@@ -1465,7 +1548,7 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_api_node_v1_node_proto_goTypes = []any{
 	(*NodesRequest)(nil),     // 0: signet.node.v1.NodesRequest
 	(*NodesResponse)(nil),    // 1: signet.node.v1.NodesResponse
@@ -1479,45 +1562,48 @@ var file_api_node_v1_node_proto_goTypes = []any{
 	(*IssueJWTResponse)(nil), // 9: signet.node.v1.IssueJWTResponse
 	(*WatchRequest)(nil),     // 10: signet.node.v1.WatchRequest
 	(*ReportRequest)(nil),    // 11: signet.node.v1.ReportRequest
-	(*WorkloadReport)(nil),   // 12: signet.node.v1.WorkloadReport
-	(*ReportResponse)(nil),   // 13: signet.node.v1.ReportResponse
-	(*NodeState)(nil),        // 14: signet.node.v1.NodeState
-	(*JWTKey)(nil),           // 15: signet.node.v1.JWTKey
-	(*Quarantined)(nil),      // 16: signet.node.v1.Quarantined
-	(*Workload)(nil),         // 17: signet.node.v1.Workload
-	(*Attest)(nil),           // 18: signet.node.v1.Attest
-	(*Capture)(nil),          // 19: signet.node.v1.Capture
-	(*Policy)(nil),           // 20: signet.node.v1.Policy
+	(*Roots)(nil),            // 12: signet.node.v1.Roots
+	(*WorkloadReport)(nil),   // 13: signet.node.v1.WorkloadReport
+	(*ReportResponse)(nil),   // 14: signet.node.v1.ReportResponse
+	(*NodeState)(nil),        // 15: signet.node.v1.NodeState
+	(*JWTKey)(nil),           // 16: signet.node.v1.JWTKey
+	(*Quarantined)(nil),      // 17: signet.node.v1.Quarantined
+	(*Workload)(nil),         // 18: signet.node.v1.Workload
+	(*Attest)(nil),           // 19: signet.node.v1.Attest
+	(*Capture)(nil),          // 20: signet.node.v1.Capture
+	(*Policy)(nil),           // 21: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
 	2,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
-	12, // 1: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
-	12, // 2: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
-	17, // 3: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	20, // 4: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	16, // 5: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	15, // 6: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
-	18, // 7: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	19, // 8: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	3,  // 9: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	4,  // 10: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	6,  // 11: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	8,  // 12: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
-	10, // 13: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	11, // 14: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	0,  // 15: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
-	5,  // 16: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	5,  // 17: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	7,  // 18: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	9,  // 19: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
-	14, // 20: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	13, // 21: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	1,  // 22: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
-	16, // [16:23] is the sub-list for method output_type
-	9,  // [9:16] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	13, // 1: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
+	12, // 2: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
+	13, // 3: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
+	12, // 4: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
+	18, // 5: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	21, // 6: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	17, // 7: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	16, // 8: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	19, // 9: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	20, // 10: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	3,  // 11: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	4,  // 12: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	6,  // 13: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	8,  // 14: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	10, // 15: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	11, // 16: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	0,  // 17: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
+	5,  // 18: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	5,  // 19: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	7,  // 20: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	9,  // 21: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	15, // 22: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	14, // 23: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	1,  // 24: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
+	18, // [18:25] is the sub-list for method output_type
+	11, // [11:18] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1525,14 +1611,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[18].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[19].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
