@@ -165,13 +165,33 @@ func (c *Client) Explain(ctx context.Context, from, to string, port uint16) (e a
 	return e, c.control.get(ctx, "/v1/explain", q, &e)
 }
 
+// Authority asks the control plane for the state of the certificate authority.
+func (c *Client) Authority(ctx context.Context) (s adminv1.AuthorityStatus, err error) {
+	return s, c.control.get(ctx, "/v1/ca", nil, &s)
+}
+
+// RotateRoot starts the replacement of the root, or, with force, takes the step
+// that one under way waits for.
+func (c *Client) RotateRoot(ctx context.Context, force bool) (s adminv1.AuthorityStatus, err error) {
+	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/rotate", url.Values{"force": {strconv.FormatBool(force)}}, &s)
+}
+
+// AbandonRoot withdraws the next root before it signs.
+func (c *Client) AbandonRoot(ctx context.Context) (s adminv1.AuthorityStatus, err error) {
+	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/abandon", nil, &s)
+}
+
 // VerifyAudit asks the agent to read its whole audit store and check the chain.
 func (c *Client) VerifyAudit(ctx context.Context) (v adminv1.AuditVerification, err error) {
 	return v, c.agent.get(ctx, "/v1/audit/verify", nil, &v)
 }
 
 func (e *endpoint) get(ctx context.Context, path string, q url.Values, into any) error {
-	body, err := e.open(ctx, path, q)
+	return e.ask(ctx, http.MethodGet, path, q, into)
+}
+
+func (e *endpoint) ask(ctx context.Context, method, path string, q url.Values, into any) error {
+	body, err := e.do(ctx, method, path, q)
 	if err != nil {
 		return err
 	}
@@ -191,8 +211,12 @@ func (e *endpoint) get(ctx context.Context, path string, q url.Values, into any)
 
 // open returns the body of a good answer; the caller closes it.
 func (e *endpoint) open(ctx context.Context, path string, q url.Values) (io.ReadCloser, error) {
+	return e.do(ctx, http.MethodGet, path, q)
+}
+
+func (e *endpoint) do(ctx context.Context, method, path string, q url.Values) (io.ReadCloser, error) {
 	u := url.URL{Scheme: "http", Host: e.host, Path: path, RawQuery: q.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return nil, err
 	}

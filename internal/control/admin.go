@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,18 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 		view, _ := c.feed.Get()
 		e, err := Explain(view, r.FormValue("from"), r.FormValue("to"), r.FormValue("port"))
 		adminserver.Answer(w, e, err)
+	})
+	mux.HandleFunc("GET /v1/ca", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.rotation.status(), nil) })
+	mux.HandleFunc("POST /v1/ca/rotate", func(w http.ResponseWriter, r *http.Request) {
+		force, err := strconv.ParseBool(cmp.Or(r.FormValue("force"), "false"))
+		if err == nil {
+			err = c.rotation.rotate(force)
+		}
+		adminserver.Answer(w, c.rotation.status(), err)
+	})
+	mux.HandleFunc("POST /v1/ca/abandon", func(w http.ResponseWriter, _ *http.Request) {
+		err := c.rotation.abandon()
+		adminserver.Answer(w, c.rotation.status(), err)
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(c.metrics(), promhttp.HandlerOpts{}))
 	return adminserver.Serve(ctx, l, mux)

@@ -104,7 +104,8 @@ type control struct {
 	nodes     atomic.Pointer[caserver.Server] // nil until the authority is open
 	authority atomic.Pointer[ca.Authority]    // nil until it is open
 	built     builds
-	peers     *peers // nil: there are no other replicas
+	peers     *peers    // nil: there are no other replicas
+	rotation  *rotation // set before anybody can ask
 	mu        sync.Mutex
 	trust     string    // guarded by mu; the trust domain, fixed by the first view
 	since     time.Time // guarded by mu; when the view in force was set
@@ -202,11 +203,20 @@ func (c *control) serve(ctx context.Context) error {
 		}
 		return nil
 	})
+	all := func() []caserver.NodeReport { return c.peers.with(nodes.Reports()) }
+	c.rotation = &rotation{
+		authority: authority, reports: all, log: c.log, now: time.Now,
+		view: func() *mesh.View { v, _ := c.feed.Get(); return v },
+	}
+	if c.cfg.PlaceRoot != nil {
+		c.rotation.fixed = "the root is kept elsewhere, shared by the replicas of the control plane; it cannot be replaced from here yet"
+	}
+	g.Go(func() error { c.rotation.run(ctx); return nil })
 	own, err := authority.ServerCertificate(ca.ControlID(td), caserver.DefaultNodeTTL)
 	if err != nil {
 		return err
 	}
-	mesh, err := c.fanout(authority, own)
+	agents, err := c.fanout(authority, own)
 	if err != nil {
 		return err
 	}
@@ -216,10 +226,9 @@ func (c *control) serve(ctx context.Context) error {
 		}
 		g.Go(func() error { c.peers.run(ctx); return nil })
 	}
-	g.Go(func() error { return c.serveAdmin(ctx, admin, mesh) })
+	g.Go(func() error { return c.serveAdmin(ctx, admin, agents) })
 	if c.cfg.Attend != nil {
 		g.Go(func() error {
-			all := func() []caserver.NodeReport { return c.peers.with(nodes.Reports()) }
 			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Bundle: authority.BundleUpdates})
 		})
 	}

@@ -8,6 +8,8 @@
 //	GET  agent.sock   /metrics, control.sock /metrics (Prometheus)
 //	GET  control.sock /v1/status        -> ControlStatus
 //	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
+//	GET  control.sock /v1/ca            -> AuthorityStatus
+//	POST control.sock /v1/ca/rotate?force=, /v1/ca/abandon -> AuthorityStatus
 //
 // In a cluster the operator reaches the control plane alone, through the API
 // server's port-forward, and it asks the nodes (package internal/fanout):

@@ -1,0 +1,47 @@
+package adminv1
+
+import "time"
+
+// RotationStage is where the replacement of the root stands.
+type RotationStage string
+
+// The stages.
+const (
+	RotationIdle       RotationStage = "idle"       // one root, and it signs
+	RotationPublishing RotationStage = "publishing" // the next root is published; the old one signs
+	RotationRetiring   RotationStage = "retiring"   // the new root signs; the old one is still published
+)
+
+// AuthorityStatus is the state of the certificate authority.
+type AuthorityStatus struct {
+	TrustDomain string        `json:"trustDomain"`
+	Stage       RotationStage `json:"stage"`
+	// Roots are those that are published, the one that signs first.
+	Roots []RootStatus `json:"roots"`
+	// Nodes are all nodes of the mesh.
+	Nodes []NodeRoots `json:"nodes"`
+	// Due is when the root is replaced by itself.
+	Due time.Time `json:"due"`
+	// Fixed says why the root cannot be replaced; empty: it can.
+	Fixed string `json:"fixed,omitempty"`
+	// Error is why the last step failed; empty: it did not.
+	Error string `json:"error,omitempty"`
+}
+
+// RootStatus is one published root.
+type RootStatus struct {
+	Fingerprint string    `json:"fingerprint"` // SHA-256 of the certificate
+	Role        string    `json:"role"`        // signs, next or former
+	NotBefore   time.Time `json:"notBefore"`
+	NotAfter    time.Time `json:"notAfter"`
+}
+
+// NodeRoots is which of the published roots a node trusts and uses, by
+// fingerprint.
+type NodeRoots struct {
+	Name    string   `json:"name"`
+	Trusted []string `json:"trusted"` // by everything on the node
+	Used    []string `json:"used"`    // by any certificate that it holds
+	// Waits says what of the node the next step waits for; empty: nothing.
+	Waits string `json:"waits,omitempty"`
+}

@@ -1,0 +1,239 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/ca/caserver"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+const (
+	// lookAtRoots is how often it is looked whether a rotation can go on.
+	lookAtRoots = 200 * time.Millisecond
+	// quietTime is for how long nothing may stand against a step before it is
+	// taken: an answer that was under way has arrived by then.
+	quietTime = 2 * time.Second
+	// staleReport is how old a node's report may be. Nodes report every 5 s.
+	staleReport = 15 * time.Second
+	// retryRotation is how soon a step that failed is tried again.
+	retryRotation = 10 * time.Second
+)
+
+// rotation replaces the root: it publishes the next one, waits until everything
+// on every node trusts it, has it sign, waits until nothing uses a certificate of
+// the old one, and withdraws that. Where it stands is kept by the authority, so it
+// goes on after a restart.
+type rotation struct {
+	authority *ca.Authority
+	view      func() *mesh.View
+	reports   func() []caserver.NodeReport
+	// fixed says why the root cannot be replaced here; empty: it can.
+	fixed string
+	log   *slog.Logger
+	now   func() time.Time
+
+	mu     sync.Mutex
+	forced bool      // guarded by mu; the next step does not wait
+	clear  time.Time // guarded by mu; since when nothing stands against the next step; zero: something does
+	failed time.Time // guarded by mu; when a step failed last
+	err    error     // guarded by mu; how
+}
+
+// run takes steps until ctx ends.
+func (r *rotation) run(ctx context.Context) {
+	tick := time.NewTicker(lookAtRoots)
+	defer tick.Stop()
+	for {
+		r.step(r.now())
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// stageOf names where a rotation stands.
+func stageOf(roots []ca.Root) adminv1.RotationStage {
+	stage := adminv1.RotationIdle
+	for _, root := range roots {
+		switch root.Role {
+		case ca.RootNext:
+			return adminv1.RotationPublishing
+		case ca.RootFormer:
+			stage = adminv1.RotationRetiring
+		}
+	}
+	return stage
+}
+
+// step takes the next step if nothing stands against it.
+func (r *rotation) step(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if now.Sub(r.failed) < retryRotation && r.err != nil {
+		return
+	}
+	roots := r.authority.Roots()
+	stage := stageOf(roots)
+	if stage == adminv1.RotationIdle {
+		r.forced, r.clear, r.err = false, time.Time{}, nil
+		if r.fixed == "" && !now.Before(r.authority.RootDue()) {
+			r.log.Info("two thirds of the root's life are over; it is replaced")
+			r.took(r.authority.PrepareRoot(), now)
+		}
+		return
+	}
+	if !r.forced {
+		for _, n := range r.nodes(roots, now) {
+			if n.Waits != "" {
+				r.clear = time.Time{}
+				return
+			}
+		}
+		if r.clear.IsZero() {
+			r.clear = now
+		}
+		if now.Sub(r.clear) < quietTime {
+			return
+		}
+	}
+	r.forced, r.clear = false, time.Time{}
+	if stage == adminv1.RotationPublishing {
+		r.took(r.authority.SwitchRoot(), now)
+	} else {
+		r.took(r.authority.RetireRoots(), now)
+	}
+}
+
+// took notes how a step went. mu is held.
+func (r *rotation) took(err error, now time.Time) {
+	if r.err = err; err != nil {
+		r.failed = now
+		r.log.Error("a step of the root's rotation failed; it is tried again", "error", err)
+	}
+}
+
+// nodes says of each node what it trusts and uses, and what of it the next step
+// waits for.
+func (r *rotation) nodes(roots []ca.Root, now time.Time) []adminv1.NodeRoots {
+	reports := r.reports()
+	byName := map[string]*caserver.NodeReport{}
+	for i := range reports {
+		byName[reports[i].Node] = &reports[i]
+	}
+	var out []adminv1.NodeRoots
+	for _, n := range caserver.Nodes(r.view(), reports) {
+		one := adminv1.NodeRoots{Name: n.Name, Trusted: []string{}, Used: []string{}}
+		report := byName[n.Name]
+		for _, root := range roots {
+			f := ca.FingerprintOf(root.Certificate)
+			if report != nil && holds(report.Roots.GetTrusted(), f) {
+				one.Trusted = append(one.Trusted, f.String())
+			}
+			if report != nil && holds(report.Roots.GetUsed(), f) {
+				one.Used = append(one.Used, f.String())
+			}
+		}
+		if stageOf(roots) != adminv1.RotationIdle {
+			one.Waits = waits(report, roots, now)
+		}
+		out = append(out, one)
+	}
+	return out
+}
+
+func holds(fingerprints [][]byte, f ca.Fingerprint) bool {
+	return slices.ContainsFunc(fingerprints, func(b []byte) bool { return bytes.Equal(b, f[:]) })
+}
+
+// waits says what of a node stands against the next step; empty: nothing. A node
+// that does not say is taken for one that is behind.
+func waits(n *caserver.NodeReport, roots []ca.Root, now time.Time) string {
+	switch {
+	case n == nil:
+		return "it has not called since the control plane started"
+	case !n.Connected:
+		return fmt.Sprintf("it is not connected since %s", n.Since.UTC().Format(time.RFC3339))
+	case n.At.IsZero() || now.Sub(n.At) > staleReport:
+		return "it has not reported lately"
+	case n.Roots == nil:
+		return "its agent does not say which roots it trusts; upgrade it"
+	}
+	for _, root := range roots {
+		f := ca.FingerprintOf(root.Certificate)
+		switch {
+		case root.Role != ca.RootFormer && !holds(n.Roots.GetTrusted(), f):
+			if why := n.Roots.GetWaits(); why != "" {
+				return why
+			}
+			return fmt.Sprintf("it does not trust the root %s yet", short(f))
+		case root.Role == ca.RootFormer && holds(n.Roots.GetUsed(), f):
+			return fmt.Sprintf("it uses certificates of the former root %s", short(f))
+		}
+	}
+	return ""
+}
+
+func short(f ca.Fingerprint) string { return f.String()[:16] }
+
+// rotate starts a rotation. With force, the step that one waits for is taken now:
+// what still waits is cut off until it has caught up, or has joined again.
+func (r *rotation) rotate(force bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.fixed != "" {
+		return errors.New(r.fixed)
+	}
+	switch stage := stageOf(r.authority.Roots()); {
+	case stage == adminv1.RotationIdle:
+		return r.authority.PrepareRoot()
+	case force:
+		r.log.Warn("a step of the root's rotation is forced", "stage", stage)
+		r.forced, r.err = true, nil
+		return nil
+	default:
+		return fmt.Errorf("a rotation is under way: it is %s. `signet ca status` says what it waits for; --force takes the next step without waiting", stage)
+	}
+}
+
+// abandon withdraws the next root.
+func (r *rotation) abandon() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if stage := stageOf(r.authority.Roots()); stage != adminv1.RotationPublishing {
+		return fmt.Errorf("there is no next root to withdraw: the rotation is %s", stage)
+	}
+	return r.authority.AbandonRoot()
+}
+
+// status says where a rotation stands.
+func (r *rotation) status() adminv1.AuthorityStatus {
+	now := r.now()
+	roots := r.authority.Roots()
+	out := adminv1.AuthorityStatus{
+		TrustDomain: r.authority.TrustDomain().Name(), Stage: stageOf(roots), Nodes: r.nodes(roots, now),
+		Fixed: r.fixed, Due: r.authority.RootDue(),
+	}
+	for _, root := range roots {
+		c := root.Certificate
+		out.Roots = append(out.Roots, adminv1.RootStatus{
+			Fingerprint: ca.FingerprintOf(c).String(), Role: string(root.Role), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+		})
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err != nil {
+		out.Error = r.err.Error()
+	}
+	return out
+}
