@@ -135,7 +135,7 @@ interrupt the rotation.
 With --force, a rotation that is under way takes the next step without waiting:
 what still waits is cut off until it has caught up, or has joined again.`,
 		Example: `  signet ca rotate
-  signet ca rotate --no-wait && signet ca status
+  signet ca rotate --no-wait
   signet ca rotate --force    # a node is gone for good and will never answer`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -83,6 +83,8 @@ type fakeMesh struct {
 	records      []audit.Record
 	verification adminv1.AuditVerification
 	explanation  adminv1.Explanation
+	authority    adminv1.AuthorityStatus
+	rotating     []adminv1.AuthorityStatus // what is answered, in turn, once a rotation was asked for
 }
 
 func (m *fakeMesh) serve(dir string) (stop func(), err error) {
@@ -125,6 +127,19 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 	if m.control != nil {
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /v1/status", answer(m.control))
+		authority := make(chan []adminv1.AuthorityStatus, 1)
+		authority <- []adminv1.AuthorityStatus{m.authority}
+		mux.HandleFunc("GET /v1/ca", func(w http.ResponseWriter, r *http.Request) {
+			next := <-authority
+			answer(next[0])(w, r)
+			authority <- next[min(1, len(next)-1):]
+		})
+		mux.HandleFunc("POST /v1/ca/rotate", func(w http.ResponseWriter, r *http.Request) {
+			<-authority
+			authority <- append(slices.Clone(m.rotating), m.authority)
+			answer(m.authority)(w, r)
+		})
+		mux.HandleFunc("POST /v1/ca/abandon", answer(m.authority))
 		mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 			e := m.explanation
 			e.From, e.To = r.URL.Query().Get("from"), r.URL.Query().Get("to")
@@ -162,6 +177,20 @@ var testRecords = []audit.Record{
 	},
 }
 
+// authorityAt is an authority at a stage of a rotation; waits is what node n1 says.
+func authorityAt(stage adminv1.RotationStage, waits string) adminv1.AuthorityStatus {
+	old, next := strings.Repeat("0a", 32), strings.Repeat("0b", 32)
+	signs := adminv1.RootStatus{Fingerprint: old, Role: "signs", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Hour)}
+	s := adminv1.AuthorityStatus{
+		TrustDomain: "mesh.example", Stage: stage, Roots: []adminv1.RootStatus{signs}, Due: testNow.Add(20 * time.Minute),
+		Nodes: []adminv1.NodeRoots{{Name: "n1", Trusted: []string{old}, Used: []string{old}, Waits: waits}},
+	}
+	if stage == adminv1.RotationPublishing {
+		s.Roots = append(s.Roots, adminv1.RootStatus{Fingerprint: next, Role: "next", NotBefore: testNow, NotAfter: testNow.Add(2 * time.Hour)})
+	}
+	return s
+}
+
 // meshes are one that is well and one that has everything wrong with it.
 var meshes = map[string]*fakeMesh{
 	"well": {
@@ -182,7 +211,11 @@ var meshes = map[string]*fakeMesh{
 			{Holder: "pay/ledger-1", ID: id("pay/ledger"), Serial: "02", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Minute), RenewAt: testNow.Add(-time.Second), Issuer: "aa"},
 			{Holder: "shop/batch", ID: id("shop/batch")},
 		},
-		records:      testRecords,
+		records:   testRecords,
+		authority: authorityAt(adminv1.RotationIdle, ""),
+		rotating: []adminv1.AuthorityStatus{
+			authorityAt(adminv1.RotationPublishing, "the proxy has not taken them\x1b[2J yet"), authorityAt(adminv1.RotationPublishing, ""),
+		},
 		verification: adminv1.AuditVerification{Batches: 2, Records: 3},
 		explanation:  adminv1.Explanation{Port: 8443, Mode: "enforce", Verdict: "allowed", Reason: "allowed by pay/allow-checkout", Policy: "pay/allow-checkout", Revision: "00112233445566ff"},
 	},
@@ -206,6 +239,7 @@ var meshes = map[string]*fakeMesh{
 			{Holder: "pay/ledger-1", ID: id("pay/ledger"), Serial: "02", NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Minute), RenewAt: testNow.Add(-time.Second), Issuer: "aa", LastError: "control plane: not this node's workload"},
 			{Holder: "pay/new", ID: id("pay/new"), LastError: "control plane: away"},
 		},
+		authority:    adminv1.AuthorityStatus{TrustDomain: "mesh.example", Stage: adminv1.RotationPublishing, Error: "no space left on device", Roots: authorityAt(adminv1.RotationPublishing, "").Roots, Nodes: authorityAt(adminv1.RotationPublishing, "it is not connected since 2026-11-23T09:29:00Z").Nodes},
 		verification: adminv1.AuditVerification{Batches: 1, Records: 2, Fault: "batch 2 does not follow batch 1"},
 		explanation: adminv1.Explanation{
 			Port: 8443, Mode: "observe", Verdict: "denied", Reason: "default deny: 1 policy protects pay/ledger, it does not admit this caller",
@@ -244,6 +278,9 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		"signet policy generate": {[]string{"policy", "generate"}, exitGood, exitFailed},
 		"signet policy check":    {nil, exitFindings, exitFindings},
 		"signet check":           {nil, exitFindings, exitFindings},
+		"signet ca status":       {[]string{"ca", "status"}, exitFindings, exitFailed},
+		"signet ca rotate":       {[]string{"ca", "rotate"}, exitFindings, exitFailed},
+		"signet ca abandon":      {[]string{"ca", "abandon"}, exitFindings, exitFailed},
 		"signet version":         {[]string{"version"}, exitGood, exitGood},
 	}
 	for name, c := range commands {

@@ -103,7 +103,7 @@ func (r *rotation) step(now time.Time) {
 		if r.clear.IsZero() {
 			r.clear = now
 		}
-		if now.Sub(r.clear) < quietTime {
+		if now.Sub(r.clear) < r.quiet(stage) {
 			return
 		}
 	}
@@ -113,6 +113,20 @@ func (r *rotation) step(now time.Time) {
 	} else {
 		r.took(r.authority.RetireRoots(), now)
 	}
+}
+
+// quiet is for how long nothing may stand against the next step. A tunnel takes
+// new connections for half of the life of the certificate that it was opened with,
+// so a root goes only after that.
+func (r *rotation) quiet(stage adminv1.RotationStage) time.Duration {
+	if stage != adminv1.RotationRetiring {
+		return quietTime
+	}
+	ttl := ca.DefaultTTL
+	if v := r.view(); v != nil && v.State.SVIDTTL > 0 {
+		ttl = v.State.SVIDTTL
+	}
+	return quietTime + ttl/2
 }
 
 // took notes how a step went. mu is held.

@@ -132,7 +132,9 @@ func TestRotationWaits(t *testing.T) {
 				x.want(t, adminv1.RotationRetiring, "while "+name)
 			}
 			good(x)
-			x.pass(quietTime + 2*lookAtRoots)
+			x.pass(quietTime + 20*time.Minute)
+			x.want(t, adminv1.RotationRetiring, "while tunnels may be used that were opened before")
+			x.pass(10*time.Minute + 2*lookAtRoots) // certificates live for an hour
 			x.want(t, adminv1.RotationIdle, "when no node uses the old root")
 		})
 	}

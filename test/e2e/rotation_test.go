@@ -24,12 +24,12 @@ const (
 )
 
 // rotating starts a mesh of two clients and a server whose certificates live
-// for ten seconds.
-func rotating(t *testing.T) *harness.Mesh {
+// for a while; a fourth pod is no part of it.
+func rotating(t *testing.T, ttl time.Duration) *harness.Mesh {
 	t.Helper()
 	m := harness.Start(t, harness.Options{
-		Pods: map[string]string{"red": "10.88.0.10", "blue": "10.88.0.11", "server": "10.88.0.12"},
-		Documents: map[string]string{"mesh.yaml": harness.Config(rotationTTL.String()) + harness.Namespace("shop", "enforce") +
+		Pods: map[string]string{"red": "10.88.0.10", "blue": "10.88.0.11", "server": "10.88.0.12", "stranger": "10.88.0.20"},
+		Documents: map[string]string{"mesh.yaml": harness.Config(ttl.String()) + harness.Namespace("shop", "enforce") +
 			harness.Workload("shop", "red", "10.88.0.10") + harness.Workload("shop", "blue", "10.88.0.11") +
 			harness.Workload("shop", "server", "10.88.0.12") +
 			harness.Allow("shop", "allow", "server", []int{8080}, "red", "blue")},
@@ -70,8 +70,7 @@ func observeSerials(ctx context.Context, m *harness.Mesh, ready chan<- struct{})
 // for a minute, under a constant load of short connections beside long ones.
 // Nothing fails, and no tunnel outlives what it was opened with.
 func TestRotationUnderLoad(t *testing.T) {
-	m := rotating(t)
-	pods := []*lab.Pod{m.Pod("red"), m.Pod("blue")}
+	m := rotating(t, rotationTTL)
 	ctx, cancel := context.WithTimeout(t.Context(), rotationTime)
 	defer cancel()
 	start := time.Now()
@@ -80,6 +79,29 @@ func TestRotationUnderLoad(t *testing.T) {
 	ready := make(chan struct{})
 	wg.Go(func() { serials = observeSerials(ctx, m, ready) })
 	<-ready
+	calls := underLoad(ctx, t, m)
+	wg.Wait()
+	took := time.Since(start)
+	for id, s := range serials {
+		t.Logf("%s held %d certificates", id, len(s))
+		if len(s) < 8 {
+			t.Errorf("%s held %d certificates in %s, want at least 8", id, len(s), took)
+		}
+	}
+	if len(serials) != 3 {
+		t.Errorf("%d identities held certificates, want 3", len(serials))
+	}
+	checkTunnels(t, m, calls, serials)
+}
+
+// underLoad keeps a constant load of short connections beside long ones on a
+// mesh of rotating until ctx ends. Every failure fails the test. It returns the
+// number of short connections.
+func underLoad(ctx context.Context, t *testing.T, m *harness.Mesh) int {
+	t.Helper()
+	pods := []*lab.Pod{m.Pod("red"), m.Pod("blue")}
+	start := time.Now()
+	var wg sync.WaitGroup
 	var long []*held
 	for i := range 8 {
 		long = append(long, hold(t, pods[i%2], serverAt))
@@ -145,16 +167,7 @@ func TestRotationUnderLoad(t *testing.T) {
 	if len(failures) > 0 {
 		t.Errorf("%d connections failed, want 0", len(failures))
 	}
-	for id, s := range serials {
-		t.Logf("%s held %d certificates", id, len(s))
-		if len(s) < 8 {
-			t.Errorf("%s held %d certificates in %s, want at least 8", id, len(s), took)
-		}
-	}
-	if len(serials) != 3 {
-		t.Errorf("%d identities held certificates, want 3", len(serials))
-	}
-	checkTunnels(t, m, int(calls.Load()), serials)
+	return int(calls.Load())
 }
 
 // tunnelSpan is what the audit shows of one tunnel.
@@ -248,7 +261,7 @@ func checkTunnels(t *testing.T, m *harness.Mesh, calls int, held map[string]map[
 // life at most; what is open stays open. When the control plane is back, all
 // works again.
 func TestExpiryClosesTheMesh(t *testing.T) {
-	m := rotating(t)
+	m := rotating(t, rotationTTL)
 	pods := []*lab.Pod{m.Pod("red"), m.Pod("blue")}
 	long := hold(t, pods[0], serverAt)
 	control := m.Pid("control")
