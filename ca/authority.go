@@ -9,7 +9,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -17,8 +16,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
-	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // Defaults of Options.
@@ -40,6 +37,8 @@ type Options struct {
 	RootTTL, IntermediateTTL time.Duration
 	// Profile shapes the certificates that are issued.
 	Profile Profile
+	// RootStore keeps the roots where replicas share them. Nil means files in Dir.
+	RootStore RootStore
 	// JWTKeyLife is how long a key signs JWT-SVIDs before the next one does.
 	// Zero means DefaultJWTKeyLife.
 	JWTKeyLife time.Duration
@@ -60,6 +59,9 @@ type Authority struct {
 	profile         Profile
 	jwtKeyLife      time.Duration
 	jwtStore        JWTKeyStore
+	rootStore       RootStore
+	rootsMu         sync.Mutex // held while the stored roots are changed; taken before mu
+	rootVersion     string     // guarded by rootsMu; of the stored roots that are in force
 	now             func() time.Time
 	log             *slog.Logger
 	rootTTL         time.Duration
@@ -68,12 +70,10 @@ type Authority struct {
 	lock            *os.File
 
 	mu           sync.Mutex
-	closed       bool                // guarded by mu
-	root         *pair               // guarded by mu; replaced whole
-	next         *pair               // guarded by mu; the next root, nil: none is prepared
-	intermediate *pair               // guarded by mu; replaced whole
-	further      []*x509.Certificate // guarded by mu; replaced whole, never edited
-	changed      chan struct{}       // guarded by mu; closed and replaced when the bundle changes
+	closed       bool          // guarded by mu
+	roots        rootSet       // guarded by mu; replaced whole
+	intermediate *pair         // guarded by mu; replaced whole
+	changed      chan struct{} // guarded by mu; closed and replaced when the bundle changes
 
 	jwtMu      sync.Mutex    // apart, since a new intermediate is made under mu
 	jwtKeys    ring          // guarded by jwtMu; replaced whole
@@ -92,6 +92,7 @@ func Open(opts Options) (*Authority, error) {
 		profile:         opts.Profile,
 		jwtKeyLife:      opts.JWTKeyLife,
 		jwtStore:        opts.JWTKeyStore,
+		rootStore:       opts.RootStore,
 		now:             opts.Now,
 		log:             opts.Log,
 		changed:         make(chan struct{}),
@@ -99,6 +100,9 @@ func Open(opts Options) (*Authority, error) {
 	}
 	if a.intermediateTTL == 0 {
 		a.intermediateTTL = DefaultIntermediateTTL
+	}
+	if a.rootStore == nil {
+		a.rootStore = dirRoots(a.dir)
 	}
 	if a.rootTTL = opts.RootTTL; a.rootTTL == 0 {
 		a.rootTTL = DefaultRootTTL
@@ -152,19 +156,7 @@ func (a *Authority) open() error {
 			return fmt.Errorf("finish the interrupted replacement of the %s: %w", name, err)
 		}
 	}
-	if a.root, err = a.openRoot(a.rootTTL); err != nil {
-		return err
-	}
-	furtherPath := filepath.Join(a.dir, furtherRootsFile)
-	if a.further, err = readCerts(furtherPath); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	for _, c := range a.further {
-		if err := checkFurtherRoot(a.td, c); err != nil {
-			return fmt.Errorf("%s: %q: %w", furtherPath, c.Subject, err)
-		}
-	}
-	if err := a.openNext(); err != nil {
+	if err := a.openRoots(context.Background()); err != nil {
 		return err
 	}
 	if a.issuance, err = openLog(filepath.Join(a.dir, logFile), a.log); err != nil {
@@ -193,31 +185,47 @@ func (a *Authority) openJWTKeys() error {
 	return err
 }
 
-func (a *Authority) openRoot(ttl time.Duration) (*pair, error) {
-	root, err := readPair(a.dir, rootName)
-	if err != nil {
-		return nil, err
-	}
-	if root == nil {
-		if err := a.refuseOrphans(); err != nil {
-			return nil, err
-		}
-		if root, err = newRoot(a.td, a.now(), ttl); err != nil {
-			return nil, fmt.Errorf("make the root: %w", err)
-		}
-		key, err := encodeKey(root.key)
+// openRoots takes up the stored roots, and makes a root where there is none.
+func (a *Authority) openRoots(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, rootStoreTime)
+	defer cancel()
+	for {
+		files, version, err := a.rootStore.Load(ctx)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if err := writePair(a.dir, rootName, encodeCerts(root.cert), key); err != nil {
-			return nil, fmt.Errorf("store the root: %w", err)
+		var set rootSet
+		if len(files[rootName+".crt"])+len(files[rootName+".key"]) > 0 {
+			set, err = parseRoots(a.td, a.rootStore, files, a.now())
+		} else if err = a.refuseOrphans(); err == nil {
+			if set.signs, err = newRoot(a.td, a.now(), a.rootTTL); err != nil {
+				err = fmt.Errorf("make the root: %w", err)
+			}
 		}
-		a.log.Info("made a new root", "trust_domain", a.td.Name(), "not_after", stamp(root.cert.NotAfter))
+		if err != nil {
+			return err
+		}
+		want, err := set.files()
+		if err != nil {
+			return err
+		}
+		if len(want) != len(files) { // a new root, or what a crash left behind
+			err := a.rootStore.Save(ctx, want, version)
+			if errors.Is(err, ErrRootsChanged) {
+				continue // another replica was first
+			}
+			if err != nil {
+				return fmt.Errorf("store the root: %w", err)
+			}
+			if len(files) == 0 {
+				a.log.Info("made a new root", "trust_domain", a.td.Name(), "not_after", stamp(set.signs.cert.NotAfter))
+			}
+		}
+		a.mu.Lock()
+		a.roots = set
+		a.mu.Unlock()
+		return nil
 	}
-	if err := checkRoot(a.td, root.cert, a.now()); err != nil {
-		return nil, fmt.Errorf("%s: %w", filepath.Join(a.dir, rootName+".crt"), err)
-	}
-	return root, nil
 }
 
 // refuseOrphans keeps a lost root from being replaced in silence by another,
@@ -243,7 +251,7 @@ func (a *Authority) openIntermediate() error {
 		if err := checkTrustDomain(a.td, p.cert, true); err != nil {
 			return fmt.Errorf("%s: %w", filepath.Join(a.dir, intermediateName+".crt"), err)
 		}
-		if err := checkIntermediate(a.td, p, a.root, a.now()); err == nil {
+		if err := checkIntermediate(a.td, p, a.roots.signs, a.now()); err == nil {
 			a.intermediate = p
 			return nil
 		} else {
@@ -255,7 +263,7 @@ func (a *Authority) openIntermediate() error {
 
 // renewIntermediate makes and stores a new intermediate. The caller holds mu.
 func (a *Authority) renewIntermediate() error {
-	p, err := newIntermediate(a.td, a.root, a.now(), a.intermediateTTL)
+	p, err := newIntermediate(a.td, a.roots.signs, a.now(), a.intermediateTTL)
 	if err != nil {
 		return fmt.Errorf("make an intermediate: %w", err)
 	}
@@ -307,45 +315,25 @@ func (a *Authority) Bundle() []*x509.Certificate {
 func (a *Authority) BundleUpdates() ([]*x509.Certificate, <-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	bundle := []*x509.Certificate{a.root.cert}
-	if a.next != nil {
-		bundle = append(bundle, a.next.cert)
-	}
-	return append(bundle, a.further...), a.changed
+	return a.roots.bundle(), a.changed
 }
 
-// PublishRoots replaces the roots that nodes trust besides the authority's
-// own: the former one until its last certificate has expired. The set is durable
-// before PublishRoots returns.
+// PublishRoots replaces the roots that nodes trust besides those of the
+// authority's own: the former one until its last certificate has expired. The set
+// is durable before PublishRoots returns.
 func (a *Authority) PublishRoots(further []*x509.Certificate) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	var set []*x509.Certificate
-	for _, c := range further {
-		if err := checkFurtherRoot(a.td, c); err != nil {
-			return fmt.Errorf("ca: publish root %q: %w", c.Subject, err)
+	return a.changeRoots("publish roots", func(s rootSet) (rootSet, error) {
+		s.further = nil
+		for _, c := range further {
+			if err := checkFurtherRoot(a.td, c); err != nil {
+				return s, fmt.Errorf("%q: %w", c.Subject, err)
+			}
+			if !bytes.Equal(c.Raw, s.signs.cert.Raw) {
+				s.further = append(s.further, c)
+			}
 		}
-		if !bytes.Equal(c.Raw, a.root.cert.Raw) {
-			set = append(set, c)
-		}
-	}
-	if a.closed {
-		return errClosed
-	}
-	path := filepath.Join(a.dir, furtherRootsFile)
-	if len(set) == 0 {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("ca: publish roots: %w", err)
-		}
-		if err := wholefile.SyncDir(a.dir); err != nil {
-			return fmt.Errorf("ca: publish roots: %w", err)
-		}
-	} else if err := wholefile.Write(path, encodeCerts(set...)); err != nil {
-		return fmt.Errorf("ca: publish roots: %w", err)
-	}
-	a.further = set
-	a.bundleChanged()
-	return nil
+		return s, nil
+	})
 }
 
 func checkFurtherRoot(td spiffeid.TrustDomain, c *x509.Certificate) error {

@@ -217,7 +217,7 @@ func TestPairSurvivesCrash(t *testing.T) {
 		t.Run("moved "+moved, func(t *testing.T) {
 			dir := t.TempDir()
 			a := openTest(t, dir, nil)
-			next, err := newIntermediate(testDomain, a.root, time.Now(), time.Hour)
+			next, err := newIntermediate(testDomain, a.roots.signs, time.Now(), time.Hour)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -263,7 +263,7 @@ func TestPublishRoots(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, changed := a.BundleUpdates()
-	if err := a.PublishRoots([]*x509.Certificate{next.cert, a.root.cert}); err != nil {
+	if err := a.PublishRoots([]*x509.Certificate{next.cert, a.roots.signs.cert}); err != nil {
 		t.Fatal(err)
 	}
 	select {

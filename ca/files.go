@@ -134,30 +134,57 @@ type pair struct {
 // readPair loads <name>.crt and <name>.key. It returns nil when neither
 // exists, and an error when only one does.
 func readPair(dir, name string) (*pair, error) {
-	crtPath, keyPath := filepath.Join(dir, name+".crt"), filepath.Join(dir, name+".key")
-	_, crtErr := os.Stat(crtPath)
-	_, keyErr := os.Stat(keyPath)
-	noCrt, noKey := errors.Is(crtErr, fs.ErrNotExist), errors.Is(keyErr, fs.ErrNotExist)
-	switch {
-	case noCrt && noKey:
-		return nil, nil
-	case noCrt:
-		return nil, fmt.Errorf("%s exists but %s does not; put the certificate beside its key, or remove the key", keyPath, crtPath)
-	case noKey:
-		return nil, fmt.Errorf("%s exists but %s does not; put the key beside its certificate, or remove the certificate", crtPath, keyPath)
-	case crtErr != nil:
-		return nil, crtErr
-	case keyErr != nil:
-		return nil, keyErr
+	files := map[string][]byte{}
+	for _, ext := range []string{".crt", ".key"} {
+		data, err := readFile(filepath.Join(dir, name+ext))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		files[name+ext] = data
 	}
-	certs, err := readCerts(crtPath)
+	return parsePair(dir, name, files)
+}
+
+// readFile reads a file of the authority. A private key that others than its
+// owner can read is refused.
+func readFile(path string) ([]byte, error) {
+	if filepath.Ext(path) == ".key" {
+		info, err := os.Stat(path)
+		if err != nil {
+			return nil, err
+		}
+		if perm := info.Mode().Perm(); perm&0o077 != 0 {
+			return nil, fmt.Errorf("%s: mode %04o lets group or others at the private key; run: chmod 600 %s, and replace the key if it may have been read", path, perm, path)
+		}
+	}
+	return os.ReadFile(path)
+}
+
+// parsePair reads <name>.crt and <name>.key of a place. It returns nil when there
+// is neither, and an error when there is only one.
+func parsePair(place, name string, files map[string][]byte) (*pair, error) {
+	crtPath, keyPath := filepath.Join(place, name+".crt"), filepath.Join(place, name+".key")
+	crt, hasCrt := files[name+".crt"]
+	text, hasKey := files[name+".key"]
+	switch {
+	case !hasCrt && !hasKey:
+		return nil, nil
+	case !hasCrt:
+		return nil, fmt.Errorf("%s exists but %s does not; put the certificate beside its key, or remove the key", keyPath, crtPath)
+	case !hasKey:
+		return nil, fmt.Errorf("%s exists but %s does not; put the key beside its certificate, or remove the certificate", crtPath, keyPath)
+	}
+	certs, err := parseCerts(crtPath, crt)
 	if err != nil {
 		return nil, err
 	}
 	if len(certs) != 1 {
 		return nil, fmt.Errorf("%s: holds %d certificates; exactly one is needed", crtPath, len(certs))
 	}
-	key, err := readKey(keyPath)
+	key, err := parseKey(keyPath, text)
 	if err != nil {
 		return nil, err
 	}
@@ -168,24 +195,8 @@ func readPair(dir, name string) (*pair, error) {
 	return &pair{certs[0], key}, nil
 }
 
-// readKey loads one private key: PKCS#8, PKCS#1 or SEC 1, in PEM.
-func readKey(path string) (crypto.Signer, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if perm := info.Mode().Perm(); perm&0o077 != 0 {
-		return nil, fmt.Errorf("%s: mode %04o lets group or others at the private key; run: chmod 600 %s, and replace the key if it may have been read", path, perm, path)
-	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
+// parseKey reads one private key: PKCS#8, PKCS#1 or SEC 1, in PEM.
+func parseKey(path string, data []byte) (crypto.Signer, error) {
 	var block *pem.Block
 	for {
 		block, data = pem.Decode(data)
@@ -197,6 +208,7 @@ func readKey(path string) (crypto.Signer, error) {
 		}
 	}
 	var key any
+	var err error
 	switch block.Type {
 	case "PRIVATE KEY":
 		key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
@@ -222,12 +234,8 @@ func readKey(path string) (crypto.Signer, error) {
 	return nil, fmt.Errorf("%s: key kind %T; use ECDSA or RSA, which every peer can verify", path, key)
 }
 
-// readCerts loads the certificates of a PEM file.
-func readCerts(path string) ([]*x509.Certificate, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
+// parseCerts reads the certificates of PEM text.
+func parseCerts(path string, data []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
 	for {
 		var block *pem.Block

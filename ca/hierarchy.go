@@ -44,7 +44,7 @@ func caTemplate(td spiffeid.TrustDomain, cn string, now, notAfter time.Time) (*x
 		return nil, err
 	}
 	return &x509.Certificate{
-		SerialNumber:          serial,
+		SerialNumber: serial,
 		// The number keeps two roots apart where issuers are found by name.
 		Subject:               pkix.Name{CommonName: cn, SerialNumber: fmt.Sprintf("%016x", new(big.Int).Rsh(serial, 64).Uint64())},
 		NotBefore:             now.Add(-backdate),

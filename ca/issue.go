@@ -128,8 +128,8 @@ func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root
 	// A new one helps only if it would end later, which near the end of the
 	// root it would not.
 	next := now.Add(a.intermediateTTL)
-	if next.After(a.root.cert.NotAfter) {
-		next = a.root.cert.NotAfter
+	if next.After(a.roots.signs.cert.NotAfter) {
+		next = a.roots.signs.cert.NotAfter
 	}
 	if (past || short) && next.After(cur.NotAfter.Add(time.Second)) || now.Before(cur.NotBefore) {
 		if err := a.renewIntermediate(); err != nil {
@@ -139,7 +139,7 @@ func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root
 			a.log.Error("the intermediate is past half its life and could not be renewed", "err", err, "not_after", stamp(cur.NotAfter))
 		}
 	}
-	return a.intermediate, a.root.cert, nil
+	return a.intermediate, a.roots.signs.cert, nil
 }
 
 // bundleOf is the source that holds one root of the authority's only.

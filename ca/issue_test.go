@@ -171,7 +171,7 @@ func TestIntermediateRenewal(t *testing.T) {
 func TestEndOfRoot(t *testing.T) {
 	c := newClock()
 	a := openTest(t, t.TempDir(), func(o *Options) { o.Now, o.RootTTL, o.IntermediateTTL = c.now, 10*time.Hour, 4*time.Hour })
-	end := a.root.cert.NotAfter
+	end := a.roots.signs.cert.NotAfter
 	c.advance(9*time.Hour + 30*time.Minute)
 	if got := issue(t, a, 12*time.Hour); !got.NotAfter.Equal(end) {
 		t.Errorf("NotAfter %s; want the root's %s", got.NotAfter, end)

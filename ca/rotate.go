@@ -1,19 +1,14 @@
 package ca
 
 import (
-	"bytes"
+	"context"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
-
-	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
 // A root is replaced in steps, and each is durable before it returns:
@@ -53,19 +48,19 @@ func (f Fingerprint) String() string { return hex.EncodeToString(f[:]) }
 
 // Errors of steps that do not fit the state.
 var (
-	ErrNoNextRoot = errors.New("ca: there is no next root; prepare one first")
-	ErrRootInUse  = errors.New("ca: a former root is still published; retire it first")
+	ErrNoNextRoot = errors.New("there is no next root; prepare one first")
+	ErrRootInUse  = errors.New("a former root is still published; retire it first")
 )
 
 // Roots returns the bundle with the role of each root, the one that signs first.
 func (a *Authority) Roots() []Root {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	out := []Root{{RootSigns, a.root.cert}}
-	if a.next != nil {
-		out = append(out, Root{RootNext, a.next.cert})
+	out := []Root{{RootSigns, a.roots.signs.cert}}
+	if a.roots.next != nil {
+		out = append(out, Root{RootNext, a.roots.next.cert})
 	}
-	for _, c := range a.further {
+	for _, c := range a.roots.further {
 		out = append(out, Root{RootFormer, c})
 	}
 	return out
@@ -74,139 +69,155 @@ func (a *Authority) Roots() []Root {
 // PrepareRoot makes the next root and publishes it, unless there is one. It
 // refuses while a former root is published: two rotations would mix.
 func (a *Authority) PrepareRoot() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	switch {
-	case a.closed:
-		return errClosed
-	case a.next != nil:
-		return nil
-	case len(a.further) > 0:
-		return ErrRootInUse
-	}
-	next, err := newRoot(a.td, a.now(), a.rootTTL)
-	if err != nil {
-		return fmt.Errorf("ca: make the next root: %w", err)
-	}
-	key, err := encodeKey(next.key)
-	if err != nil {
-		return fmt.Errorf("ca: %w", err)
-	}
-	if err := writePair(a.dir, nextRootName, encodeCerts(next.cert), key); err != nil {
-		return fmt.Errorf("ca: store the next root: %w", err)
-	}
-	a.next = next
-	a.bundleChanged()
-	a.log.Info("the next root is published", "fingerprint", FingerprintOf(next.cert).String(), "not_after", stamp(next.cert.NotAfter))
-	return nil
+	return a.changeRoots("prepare the next root", func(s rootSet) (_ rootSet, err error) {
+		switch {
+		case s.next != nil:
+			return s, nil
+		case len(s.further) > 0:
+			return s, ErrRootInUse
+		}
+		s.next, err = newRoot(a.td, a.now(), a.rootTTL)
+		return s, err
+	})
 }
 
 // AbandonRoot withdraws the next root before it has signed anything. It does
 // nothing when there is none.
 func (a *Authority) AbandonRoot() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.closed {
-		return errClosed
-	}
-	if a.next == nil {
-		return nil
-	}
-	if err := a.removeNext(); err != nil {
-		return fmt.Errorf("ca: withdraw the next root: %w", err)
-	}
-	a.next = nil
-	a.bundleChanged()
-	a.log.Info("the next root was withdrawn")
-	return nil
+	return a.changeRoots("withdraw the next root", func(s rootSet) (rootSet, error) {
+		s.next = nil
+		return s, nil
+	})
 }
 
 // SwitchRoot has the next root sign from now on. The old one stays published,
 // and its key is removed: nothing can be signed with it any more.
 func (a *Authority) SwitchRoot() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	switch {
-	case a.closed:
-		return errClosed
-	case a.next == nil:
-		return ErrNoNextRoot
-	}
-	next, former := a.next, a.root
-	now := a.now()
-	intermediate, err := newIntermediate(a.td, next, now, a.intermediateTTL)
-	if err != nil {
-		return fmt.Errorf("ca: switch roots: %w", err)
-	}
-	rootKey, err := encodeKey(next.key)
-	if err != nil {
-		return fmt.Errorf("ca: switch roots: %w", err)
-	}
-	intermediateKey, err := encodeKey(intermediate.key)
-	if err != nil {
-		return fmt.Errorf("ca: switch roots: %w", err)
-	}
-	// In this order: a crash in between leaves the old root signing, or the new
-	// one with the old one published.
-	further := append([]*x509.Certificate{former.cert}, a.further...)
-	if err := wholefile.Write(filepath.Join(a.dir, furtherRootsFile), encodeCerts(further...)); err != nil {
-		return fmt.Errorf("ca: switch roots: %w", err)
-	}
-	if err := writePair(a.dir, rootName, encodeCerts(next.cert), rootKey); err != nil {
-		return fmt.Errorf("ca: switch roots: %w", err)
-	}
-	a.root, a.next, a.further, a.intermediate = next, nil, further, intermediate
-	a.bundleChanged()
-	a.log.Info("another root signs", "fingerprint", FingerprintOf(next.cert).String(), "former", FingerprintOf(former.cert).String())
-	// The rest is mended by the next start if it fails.
-	if err := writePair(a.dir, intermediateName, encodeCerts(intermediate.cert), intermediateKey); err != nil {
-		a.log.Error("the new intermediate could not be stored; the next start makes another", "err", err)
-	}
-	if err := a.removeNext(); err != nil {
-		a.log.Error("a copy of the root's key could not be removed; the next start removes it", "err", err)
-	}
-	return nil
+	return a.changeRoots("switch roots", func(s rootSet) (rootSet, error) {
+		if s.next == nil {
+			return s, ErrNoNextRoot
+		}
+		return rootSet{signs: s.next, further: append([]*x509.Certificate{s.signs.cert}, s.further...)}, nil
+	})
 }
 
 // RetireRoots withdraws all former roots.
 func (a *Authority) RetireRoots() error { return a.PublishRoots(nil) }
 
-// removeNext removes the next root's files. The caller holds mu.
-func (a *Authority) removeNext() error {
-	for _, ext := range []string{".key", ".crt"} {
-		if err := os.Remove(filepath.Join(a.dir, nextRootName+ext)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+// changeRoots takes one step: what is stored now, which another replica may have
+// changed, is changed, stored, and put into force.
+func (a *Authority) changeRoots(what string, change func(rootSet) (rootSet, error)) error {
+	ctx, cancel := context.WithTimeout(context.Background(), rootStoreTime)
+	defer cancel()
+	a.rootsMu.Lock()
+	defer a.rootsMu.Unlock()
+	if err := a.tryChangeRoots(ctx, change); err != nil {
+		return fmt.Errorf("ca: %s: %w", what, err)
 	}
-	return wholefile.SyncDir(a.dir)
-}
-
-// openNext takes up a rotation that was under way. A crash may have left its
-// traces: what is the root already is not the next, and not a former one.
-func (a *Authority) openNext() error {
-	isRoot := func(c *x509.Certificate) bool { return bytes.Equal(c.Raw, a.root.cert.Raw) }
-	a.further = slices.DeleteFunc(a.further, isRoot)
-	if _, err := os.Stat(filepath.Join(a.dir, nextRootName+".crt")); errors.Is(err, fs.ErrNotExist) {
-		return a.removeNext() // of a removal that was cut short, the certificate may be left
-	}
-	next, err := readPair(a.dir, nextRootName)
-	if err != nil {
-		return err
-	}
-	if isRoot(next.cert) {
-		return a.removeNext()
-	}
-	if err := checkRoot(a.td, next.cert, a.now()); err != nil {
-		return fmt.Errorf("%s: %w", filepath.Join(a.dir, nextRootName+".crt"), err)
-	}
-	a.next = next
 	return nil
 }
 
-// bundleChanged wakes who follows the bundle. The caller holds mu.
-func (a *Authority) bundleChanged() {
+func (a *Authority) tryChangeRoots(ctx context.Context, change func(rootSet) (rootSet, error)) error {
+	a.mu.Lock()
+	closed := a.closed
+	a.mu.Unlock()
+	if closed {
+		return errClosed
+	}
+	files, version, err := a.rootStore.Load(ctx)
+	if err != nil {
+		return err
+	}
+	was, err := parseRoots(a.td, a.rootStore, files, a.now())
+	if err != nil {
+		return err
+	}
+	next, err := change(was)
+	if err != nil {
+		return err
+	}
+	if files, err = next.files(); err != nil {
+		return err
+	}
+	if err := a.rootStore.Save(ctx, files, version); err != nil {
+		return err
+	}
+	return a.useRoots(next)
+}
+
+// useRoots puts stored roots into force. When another one signs, so does a new
+// intermediate below it.
+func (a *Authority) useRoots(next rootSet) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	was := a.roots
+	if slices.EqualFunc(was.bundle(), next.bundle(), (*x509.Certificate).Equal) {
+		return nil
+	}
+	if signs := next.signs.cert; !signs.Equal(was.signs.cert) {
+		p, err := newIntermediate(a.td, next.signs, a.now(), a.intermediateTTL)
+		if err != nil {
+			return err
+		}
+		a.intermediate = p
+		key, err := encodeKey(p.key)
+		if err == nil {
+			err = writePair(a.dir, intermediateName, encodeCerts(p.cert), key)
+		}
+		if err != nil {
+			a.log.Error("the new intermediate could not be stored; the next start makes another", "err", err)
+		}
+		a.log.Info("another root signs", "fingerprint", FingerprintOf(signs).String(), "former", FingerprintOf(was.signs.cert).String())
+	}
+	if next.next != nil && (was.next == nil || !next.next.cert.Equal(was.next.cert)) {
+		a.log.Info("the next root is published", "fingerprint", FingerprintOf(next.next.cert).String(), "not_after", stamp(next.next.cert.NotAfter))
+	}
+	if len(next.further) < len(was.further) || was.next != nil && next.next == nil && next.signs.cert.Equal(was.signs.cert) {
+		a.log.Info("a root was withdrawn", "roots", len(next.bundle()))
+	}
+	a.roots = next
 	close(a.changed)
 	a.changed = make(chan struct{})
+	return nil
+}
+
+// FollowRoots puts into force what other replicas store, until ctx ends. While
+// the store is away, the present roots stay.
+func (a *Authority) FollowRoots(ctx context.Context) {
+	failing := false
+	for tick := time.NewTicker(rootPoll); ; {
+		select {
+		case <-ctx.Done():
+			tick.Stop()
+			return
+		case <-tick.C:
+		}
+		err := a.followRoots(ctx)
+		if err != nil && !failing && ctx.Err() == nil {
+			a.log.Error("the stored roots cannot be read; those in force stay, and it is tried again", "err", err)
+		}
+		failing = err != nil
+	}
+}
+
+func (a *Authority) followRoots(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, rootStoreTime)
+	defer cancel()
+	a.rootsMu.Lock()
+	defer a.rootsMu.Unlock()
+	files, version, err := a.rootStore.Load(ctx)
+	if err != nil || version != "" && version == a.rootVersion {
+		return err
+	}
+	next, err := parseRoots(a.td, a.rootStore, files, a.now())
+	if err != nil {
+		return err
+	}
+	if err := a.useRoots(next); err != nil {
+		return err
+	}
+	a.rootVersion = version
+	return nil
 }
 
 // RootDue says when the root should be replaced: when two thirds of its life are
@@ -214,6 +225,6 @@ func (a *Authority) bundleChanged() {
 func (a *Authority) RootDue() time.Time {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	c := a.root.cert
+	c := a.roots.signs.cert
 	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 3 * 2)
 }

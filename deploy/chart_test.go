@@ -306,12 +306,11 @@ func TestRights(t *testing.T) {
 			get configmaps signet-bundle
 			get configmaps signet-joins
 			get leases.coordination.k8s.io signet-control
-			get secrets signet-ca
-			get secrets signet-jwt
+			get secrets signet-ca,signet-jwt
 			patch configmaps signet-bundle
 			update configmaps signet-joins
 			update leases.coordination.k8s.io signet-control
-			update secrets signet-jwt`,
+			update secrets signet-ca,signet-jwt`,
 		"signet-agent": `
 			get configmaps signet-bundle`,
 		// Of the agents and of the account whose token shows that the release is there.

@@ -117,7 +117,7 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		AdminListen:  or(o.admin, "127.0.0.1:9441"),
 		HealthListen: or(o.health, ":9440"),
 		Tokens:       kube.NewJoiner(client, o.namespace),
-		PlaceRoot:    kube.NewRoot(client, o.namespace, log).Place,
+		Roots:        kube.NewRoots(client, o.namespace),
 		JWTKeys:      kube.NewJWTKeys(client, o.namespace),
 		JWTKeyLife:   o.jwtKeyLife,
 		Log:          log,

@@ -61,10 +61,6 @@ func (d *caDoc) Text(t *output.Text) {
 		t.Line("")
 		t.Table([]output.Column{{Name: "NODE"}, {Name: "TRUSTS"}, {Name: "USES"}, {Name: "WAITS FOR"}}, rows)
 	}
-	if d.Fixed != "" {
-		t.Line("")
-		t.Line(d.Fixed)
-	}
 }
 
 func shortPrint(fingerprint string) string { return fingerprint[:min(16, len(fingerprint))] }

@@ -66,9 +66,8 @@ type Config struct {
 	HealthListen string
 	// Tokens says who may join; nil: who has a token of the state directory.
 	Tokens caserver.Joiner
-	// PlaceRoot puts the root's pair into the authority's directory before it
-	// is opened; nil: the authority makes its own.
-	PlaceRoot func(ctx context.Context, dir string, td spiffeid.TrustDomain) error
+	// Roots keeps the authority's roots; nil: files in its directory.
+	Roots ca.RootStore
 	// JWTKeys keeps the keys that sign JWT-SVIDs; nil: a file beside the root's.
 	JWTKeys ca.JWTKeyStore
 	// JWTKeyLife is how long each signs; zero: ca.DefaultJWTKeyLife.
@@ -149,12 +148,7 @@ func (c *control) serve(ctx context.Context) error {
 	first, _ := c.feed.Get()
 	td := first.State.TrustDomain
 	dir := AuthorityDir(c.cfg.StateDir)
-	if c.cfg.PlaceRoot != nil {
-		if err := c.cfg.PlaceRoot(ctx, dir, td); err != nil {
-			return err
-		}
-	}
-	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, Log: c.log})
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, Log: c.log})
 	if err != nil {
 		return err
 	}
@@ -208,10 +202,10 @@ func (c *control) serve(ctx context.Context) error {
 		authority: authority, reports: all, log: c.log, now: time.Now,
 		view: func() *mesh.View { v, _ := c.feed.Get(); return v },
 	}
-	if c.cfg.PlaceRoot != nil {
-		c.rotation.fixed = "the root is kept elsewhere, shared by the replicas of the control plane; it cannot be replaced from here yet"
-	}
 	g.Go(func() error { c.rotation.run(ctx); return nil })
+	if c.cfg.Roots != nil {
+		g.Go(func() error { authority.FollowRoots(ctx); return nil })
+	}
 	own, err := authority.ServerCertificate(ca.ControlID(td), caserver.DefaultNodeTTL)
 	if err != nil {
 		return err

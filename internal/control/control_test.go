@@ -37,6 +37,24 @@ func (s *scripted) Run(ctx context.Context, accept func(*mesh.View), reject func
 	}
 }
 
+// lateRoots is a ca.RootStore in memory that is there when opened is closed.
+type lateRoots struct {
+	opened <-chan struct{}
+	files  map[string][]byte
+}
+
+func (r *lateRoots) Load(context.Context) (map[string][]byte, string, error) {
+	<-r.opened
+	return r.files, "", nil
+}
+
+func (r *lateRoots) Save(_ context.Context, files map[string][]byte, _ string) error {
+	r.files = files
+	return nil
+}
+
+func (r *lateRoots) String() string { return "memory" }
+
 func viewOf(domain, revision string) *mesh.View {
 	return &mesh.View{Revision: revision, Model: authz.NewModel(nil), State: &mesh.State{
 		TrustDomain: spiffeid.RequireTrustDomainFromString(domain), SVIDTTL: time.Hour,
@@ -82,7 +100,7 @@ func TestReadiness(t *testing.T) {
 		done <- Run(ctx, Config{
 			Source: source, StateDir: filepath.Join(dir, "state"),
 			Listen: "127.0.0.1:0", AdminListen: admin, HealthListen: health,
-			PlaceRoot: func(context.Context, string, spiffeid.TrustDomain) error { <-opened; return nil },
+			Roots: &lateRoots{opened: opened},
 			Attend: func(ctx context.Context, facts Facts) error {
 				if roots, _ := facts.Bundle(); len(roots) != 1 || facts.Reports() == nil {
 					t.Errorf("facts: %d roots, reports %v", len(roots), facts.Reports())

@@ -36,10 +36,8 @@ type rotation struct {
 	authority *ca.Authority
 	view      func() *mesh.View
 	reports   func() []caserver.NodeReport
-	// fixed says why the root cannot be replaced here; empty: it can.
-	fixed string
-	log   *slog.Logger
-	now   func() time.Time
+	log       *slog.Logger
+	now       func() time.Time
 
 	mu     sync.Mutex
 	forced bool      // guarded by mu; the next step does not wait
@@ -87,7 +85,7 @@ func (r *rotation) step(now time.Time) {
 	stage := stageOf(roots)
 	if stage == adminv1.RotationIdle {
 		r.forced, r.clear, r.err = false, time.Time{}, nil
-		if r.fixed == "" && !now.Before(r.authority.RootDue()) {
+		if !now.Before(r.authority.RootDue()) {
 			r.log.Info("two thirds of the root's life are over; it is replaced")
 			r.took(r.authority.PrepareRoot(), now)
 		}
@@ -129,8 +127,12 @@ func (r *rotation) quiet(stage adminv1.RotationStage) time.Duration {
 	return quietTime + ttl/2
 }
 
-// took notes how a step went. mu is held.
+// took notes how a step went. mu is held. That another replica took it is no
+// failure.
 func (r *rotation) took(err error, now time.Time) {
+	if errors.Is(err, ca.ErrRootsChanged) || errors.Is(err, ca.ErrNoNextRoot) || errors.Is(err, ca.ErrRootInUse) {
+		err = nil
+	}
 	if r.err = err; err != nil {
 		r.failed = now
 		r.log.Error("a step of the root's rotation failed; it is tried again", "error", err)
@@ -205,9 +207,6 @@ func short(f ca.Fingerprint) string { return f.String()[:16] }
 func (r *rotation) rotate(force bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.fixed != "" {
-		return errors.New(r.fixed)
-	}
 	switch stage := stageOf(r.authority.Roots()); {
 	case stage == adminv1.RotationIdle:
 		return r.authority.PrepareRoot()
@@ -236,7 +235,7 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	roots := r.authority.Roots()
 	out := adminv1.AuthorityStatus{
 		TrustDomain: r.authority.TrustDomain().Name(), Stage: stageOf(roots), Nodes: r.nodes(roots, now),
-		Fixed: r.fixed, Due: r.authority.RootDue(),
+		Due: r.authority.RootDue(),
 	}
 	for _, root := range roots {
 		c := root.Certificate

@@ -3,13 +3,13 @@ package kube
 import (
 	"context"
 	"crypto/ecdsa"
-	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -460,53 +460,95 @@ func testJoin(t *testing.T, c, as *Client) {
 }
 
 // Replicas that start at once sign below one root; a Secret with half of it is
-// refused, not replaced.
+// refused, not replaced. A rotation goes through all of them, whoever takes the
+// steps, and no root is written to a disk.
 func testRoot(t *testing.T, c, as *Client) {
 	ctx := t.Context()
-	dirs := make([]string, 4)
+	open := func(dir string) (*ca.Authority, error) {
+		return ca.Open(ca.Options{Dir: dir, TrustDomain: testDomain, RootStore: NewRoots(as, release)})
+	}
+	replicas := make([]*ca.Authority, 4)
+	dirs := make([]string, len(replicas))
 	var wg sync.WaitGroup
-	for i := range dirs {
-		dirs[i] = filepath.Join(t.TempDir(), "state", "ca")
+	for i := range replicas {
+		dirs[i] = filepath.Join(t.TempDir(), "ca")
 		wg.Go(func() {
-			if err := NewRoot(as, release, testLog(t)).Place(ctx, dirs[i], testDomain); err != nil {
+			var err error
+			if replicas[i], err = open(dirs[i]); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	wg.Wait()
-	var first *x509.Certificate
-	for _, dir := range dirs {
-		if left, _ := os.ReadDir(filepath.Dir(dir)); len(left) != 1 {
-			t.Errorf("left behind: %v", left)
-		}
-		authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: testDomain})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer authority.Close()
-		root := authority.Bundle()[0]
-		if first == nil {
-			first = root
-		}
-		if !root.Equal(first) {
-			t.Error("another root")
-		}
-		if info, err := os.Stat(filepath.Join(dir, "root.key")); err != nil || info.Mode().Perm() != 0o600 {
-			t.Errorf("root.key: %v, %v", info, err)
-		}
+	if t.Failed() {
+		return
 	}
+	follow, stop := context.WithCancel(ctx)
+	defer wg.Wait()
+	defer stop()
+	for _, a := range replicas {
+		defer a.Close()
+		wg.Go(func() { a.FollowRoots(follow) })
+	}
+	same := func(want ...ca.RootRole) {
+		t.Helper()
+		eventually(t, 20*time.Second, func() error {
+			for i, a := range replicas {
+				var got []ca.RootRole
+				for j, root := range a.Roots() {
+					got = append(got, root.Role)
+					if first := replicas[0].Roots(); j >= len(first) || !root.Certificate.Equal(first[j].Certificate) {
+						return fmt.Errorf("replica %d has other roots", i)
+					}
+				}
+				if !slices.Equal(got, want) {
+					return fmt.Errorf("replica %d has %v, want %v", i, got, want)
+				}
+			}
+			return nil
+		})
+	}
+	same(ca.RootSigns)
+	first := replicas[0].Bundle()[0]
 	if _, ok := first.PublicKey.(*ecdsa.PublicKey); !ok {
 		t.Errorf("root key %T", first.PublicKey)
 	}
-	secret, err := c.Core.CoreV1().Secrets(release).Get(ctx, rootSecret, metav1.GetOptions{})
+	// All take each step at once: it is taken once.
+	step := func(f func(*ca.Authority) error, want ...ca.RootRole) {
+		t.Helper()
+		var steps sync.WaitGroup
+		for _, a := range replicas {
+			steps.Go(func() {
+				if err := f(a); err != nil && !errors.Is(err, ca.ErrRootsChanged) && !errors.Is(err, ca.ErrNoNextRoot) {
+					t.Error(err)
+				}
+			})
+		}
+		steps.Wait()
+		same(want...)
+	}
+	step((*ca.Authority).PrepareRoot, ca.RootSigns, ca.RootNext)
+	step((*ca.Authority).SwitchRoot, ca.RootSigns, ca.RootFormer)
+	if replicas[0].Bundle()[0].Equal(first) {
+		t.Error("the same root signs")
+	}
+	step((*ca.Authority).RetireRoots, ca.RootSigns)
+	for _, dir := range dirs {
+		if left, _ := filepath.Glob(filepath.Join(dir, "*root*")); len(left) > 0 {
+			t.Errorf("on disk: %v", left)
+		}
+	}
+
+	stored, err := c.Core.CoreV1().Secrets(release).Get(ctx, rootSecret, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	delete(secret.Data, "root.key")
-	if _, err := c.Core.CoreV1().Secrets(release).Update(ctx, secret, metav1.UpdateOptions{}); err != nil {
+	delete(stored.Data, "root.key")
+	if _, err := c.Core.CoreV1().Secrets(release).Update(ctx, stored, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := NewRoot(as, release, testLog(t)).Place(ctx, dirs[0], testDomain); err == nil || !strings.Contains(err.Error(), "root.key is missing") {
+	if _, err := open(filepath.Join(t.TempDir(), "ca")); err == nil || !strings.Contains(err.Error(), "signet-ca/root.key does not") {
 		t.Errorf("half a Secret: %v", err)
 	}
+	same(ca.RootSigns) // it stays in force
 }

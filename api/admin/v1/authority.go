@@ -22,8 +22,6 @@ type AuthorityStatus struct {
 	Nodes []NodeRoots `json:"nodes"`
 	// Due is when the root is replaced by itself.
 	Due time.Time `json:"due"`
-	// Fixed says why the root cannot be replaced; empty: it can.
-	Fixed string `json:"fixed,omitempty"`
 	// Error is why the last step failed; empty: it did not.
 	Error string `json:"error,omitempty"`
 }

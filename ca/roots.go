@@ -1,0 +1,172 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/internal/wholefile"
+)
+
+// RootStore keeps the roots of a trust domain, by file name: root.crt and
+// root.key, next-root.crt and next-root.key while a rotation is under way, and
+// further-roots.crt. Replicas of a control plane share one.
+type RootStore interface {
+	// Load returns what was last saved and a version of it; both are zero when
+	// nothing was.
+	Load(ctx context.Context) (files map[string][]byte, version string, err error)
+	// Save replaces what Load returned with that version. It is durable when
+	// Save returns. When something else is stored meanwhile, Save returns
+	// ErrRootsChanged and changes nothing.
+	Save(ctx context.Context, files map[string][]byte, version string) error
+	// String names the place, for errors.
+	String() string
+}
+
+// ErrRootsChanged is returned by RootStore.Save when another replica was first.
+var ErrRootsChanged = errors.New("ca: the roots were changed meanwhile")
+
+const (
+	rootStoreTime = 10 * time.Second // for one access
+	rootPoll      = time.Second      // how often it is looked whether another replica has changed the roots
+)
+
+// rootSet is the roots of a trust domain. It is replaced whole.
+type rootSet struct {
+	signs, next *pair // next is nil but in a rotation
+	further     []*x509.Certificate
+}
+
+func (s rootSet) bundle() []*x509.Certificate {
+	out := []*x509.Certificate{s.signs.cert}
+	if s.next != nil {
+		out = append(out, s.next.cert)
+	}
+	return append(out, s.further...)
+}
+
+// files is what a RootStore keeps.
+func (s rootSet) files() (map[string][]byte, error) {
+	out := map[string][]byte{}
+	for name, p := range map[string]*pair{rootName: s.signs, nextRootName: s.next} {
+		if p == nil {
+			continue
+		}
+		key, err := encodeKey(p.key)
+		if err != nil {
+			return nil, err
+		}
+		out[name+".crt"], out[name+".key"] = encodeCerts(p.cert), key
+	}
+	if len(s.further) > 0 {
+		out[furtherRootsFile] = encodeCerts(s.further...)
+	}
+	return out, nil
+}
+
+// parseRoots reads and checks what a RootStore kept. A crash between two of a
+// directory's files may have left traces: what signs already is neither the next
+// root nor a further one.
+func parseRoots(td spiffeid.TrustDomain, store RootStore, files map[string][]byte, now time.Time) (s rootSet, err error) {
+	place := store.String()
+	if s.signs, err = parsePair(place, rootName, files); err != nil {
+		return s, err
+	}
+	if s.signs == nil {
+		return s, fmt.Errorf("%s holds no %s.crt and no %s.key; restore them from a copy", place, rootName, rootName)
+	}
+	if err := checkRoot(td, s.signs.cert, now); err != nil {
+		return s, fmt.Errorf("%s: %w", filepath.Join(place, rootName+".crt"), err)
+	}
+	isRoot := func(c *x509.Certificate) bool { return bytes.Equal(c.Raw, s.signs.cert.Raw) }
+	if files[nextRootName+".crt"] != nil { // of a removal that was cut short, the key may be left
+		if s.next, err = parsePair(place, nextRootName, files); err != nil {
+			return s, err
+		}
+		if isRoot(s.next.cert) {
+			s.next = nil
+		} else if err := checkRoot(td, s.next.cert, now); err != nil {
+			return s, fmt.Errorf("%s: %w", filepath.Join(place, nextRootName+".crt"), err)
+		}
+	}
+	if text := files[furtherRootsFile]; text != nil {
+		path := filepath.Join(place, furtherRootsFile)
+		if s.further, err = parseCerts(path, text); err != nil {
+			return s, err
+		}
+		for _, c := range s.further {
+			if err := checkFurtherRoot(td, c); err != nil {
+				return s, fmt.Errorf("%s: %q: %w", path, c.Subject, err)
+			}
+		}
+		s.further = slices.DeleteFunc(s.further, isRoot)
+	}
+	return s, nil
+}
+
+// dirRoots is a RootStore in the authority's directory, which no other authority
+// uses.
+type dirRoots string
+
+func (d dirRoots) String() string { return string(d) }
+
+func (d dirRoots) Load(context.Context) (map[string][]byte, string, error) {
+	files := map[string][]byte{}
+	for _, name := range []string{rootName + ".crt", rootName + ".key", nextRootName + ".crt", nextRootName + ".key", furtherRootsFile} {
+		data, err := readFile(filepath.Join(string(d), name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, "", err
+		}
+		files[name] = data
+	}
+	return files, "", nil
+}
+
+// Save writes in an order in which a crash at any point leaves a state that the
+// rotation can go on from: what is trusted comes first, and goes last.
+func (d dirRoots) Save(ctx context.Context, files map[string][]byte, _ string) error {
+	was, _, err := d.Load(ctx)
+	if err != nil {
+		return err
+	}
+	dir := string(d)
+	further := filepath.Join(dir, furtherRootsFile)
+	if text := files[furtherRootsFile]; text != nil && !bytes.Equal(text, was[furtherRootsFile]) {
+		if err := wholefile.Write(further, text); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{rootName, nextRootName} {
+		crt, key := files[name+".crt"], files[name+".key"]
+		switch {
+		case crt == nil: // only the next root's
+			for _, ext := range []string{".crt", ".key"} {
+				if err := os.Remove(filepath.Join(dir, name+ext)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return err
+				}
+			}
+		case !bytes.Equal(crt, was[name+".crt"]):
+			if err := writePair(dir, name, crt, key); err != nil {
+				return err
+			}
+		}
+	}
+	if files[furtherRootsFile] == nil {
+		if err := os.Remove(further); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return wholefile.SyncDir(dir)
+}
