@@ -220,6 +220,13 @@ func (a *Authority) followRoots(ctx context.Context) error {
 	return nil
 }
 
+// RootMade says when the root that signs was made, to the second.
+func (a *Authority) RootMade() time.Time {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.roots.signs.cert.NotBefore.Add(backdate)
+}
+
 // RootDue says when the root should be replaced: when two thirds of its life are
 // over.
 func (a *Authority) RootDue() time.Time {

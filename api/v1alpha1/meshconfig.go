@@ -52,6 +52,13 @@ type MeshConfigSpec struct {
 	// +kubebuilder:default=plain
 	// +kubebuilder:validation:Enum=plain;refuse
 	UnknownDestinations string `json:"unknownDestinations,omitempty"`
+
+	// RootNotBefore replaces the root, step by step and while everything runs,
+	// if it was made before this instant. An instant that is still to come
+	// replaces it then. Default: the root is replaced when two thirds of its
+	// life are over.
+	// +optional
+	RootNotBefore *metav1.Time `json:"rootNotBefore,omitempty"`
 }
 
 // MeshConfigStatus says what became of a MeshConfig.

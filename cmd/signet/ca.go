@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -98,7 +99,7 @@ Exit code 3 when a step of a rotation has failed.`,
   signet ca status -o json | jq -r '.nodes[] | select(.waits) | .name'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.withCA(cmd, func(ctx context.Context, c *adminclient.Client) (adminv1.AuthorityStatus, error) {
+			return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
 				return c.Authority(ctx)
 			})
 		},
@@ -113,7 +114,7 @@ func (a *app) newCAAbandonCommand() *cobra.Command {
 		Example: `  signet ca abandon`,
 		Args:    args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.withCA(cmd, func(ctx context.Context, c *adminclient.Client) (adminv1.AuthorityStatus, error) {
+			return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
 				return c.AbandonRoot(ctx)
 			})
 		},
@@ -126,7 +127,8 @@ func (a *app) newCARotateCommand() *cobra.Command {
 		Use:   "rotate",
 		Short: "Replace the root",
 		Long: `Replace the root, and wait until that is done. Interrupting the command does not
-interrupt the rotation.
+interrupt the rotation. In a cluster it sets spec.rootNotBefore of the MeshConfig,
+which takes the right to patch that.
 
 With --force, a rotation that is under way takes the next step without waiting:
 what still waits is cut off until it has caught up, or has joined again.`,
@@ -135,12 +137,21 @@ what still waits is cut off until it has caught up, or has joined again.`,
   signet ca rotate --force    # a node is gone for good and will never answer`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.withCA(cmd, func(ctx context.Context, c *adminclient.Client) (adminv1.AuthorityStatus, error) {
-				s, err := c.RotateRoot(ctx, force)
+			return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
+				var s adminv1.AuthorityStatus
+				var err error
+				switch {
+				case c.kube == nil:
+					s, err = c.RotateRoot(ctx, force)
+				case force:
+					err = usage(errors.New("--force: not in a cluster; delete the Node object of a node that is gone for good"))
+				default:
+					s, err = a.declareRotation(ctx, c)
+				}
 				if err != nil || noWait {
 					return s, err
 				}
-				return a.followRotation(ctx, c)
+				return a.followRotation(ctx, c.Client)
 			})
 		},
 	})
@@ -150,13 +161,13 @@ what still waits is cut off until it has caught up, or has joined again.`,
 }
 
 // withCA asks the control plane and prints its answer.
-func (a *app) withCA(cmd *cobra.Command, ask func(context.Context, *adminclient.Client) (adminv1.AuthorityStatus, error)) error {
+func (a *app) withCA(cmd *cobra.Command, ask func(context.Context, *link) (adminv1.AuthorityStatus, error)) error {
 	client, err := a.connect(cmd.Context(), cmd)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	s, err := ask(cmd.Context(), client.Client)
+	s, err := ask(cmd.Context(), client)
 	if err != nil {
 		return err
 	}
@@ -165,6 +176,37 @@ func (a *app) withCA(cmd *cobra.Command, ask func(context.Context, *adminclient.
 		return err
 	}
 	return findings(s.Error != "")
+}
+
+// beginTime is how long a control plane may take to see an edit of its MeshConfig.
+const beginTime = 10 * time.Second
+
+// declareRotation writes into the MeshConfig that the root is to be replaced, and
+// returns when that has begun, or is done.
+func (a *app) declareRotation(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
+	before, err := c.Authority(ctx)
+	if err != nil || before.Stage != adminv1.RotationIdle {
+		return before, err // follow the one that is under way
+	}
+	patch := map[string]any{"spec": map[string]any{"rootNotBefore": a.now().UTC().Format(time.RFC3339)}}
+	var answer struct{}
+	if err := c.kube.Patch(ctx, "/apis/signet.dev/v1alpha1/meshconfigs/mesh", patch, &answer); err != nil {
+		return before, fmt.Errorf("set spec.rootNotBefore of the MeshConfig: %w", err)
+	}
+	for end := time.Now().Add(beginTime); ; {
+		s, err := c.Authority(ctx)
+		if err != nil || s.Stage != adminv1.RotationIdle || s.Error != "" || s.Roots[0].Fingerprint != before.Roots[0].Fingerprint {
+			return s, err
+		}
+		if time.Now().After(end) {
+			return s, fmt.Errorf("the MeshConfig says that the root is to be replaced, but the control plane has not begun within %s; see its log", beginTime)
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return s, ctx.Err()
+		}
+	}
 }
 
 // followRotation waits until no rotation is under way, and says on the side what

@@ -202,6 +202,12 @@ func (c *control) serve(ctx context.Context) error {
 		authority: authority, reports: all, log: c.log, now: time.Now,
 		view: func() *mesh.View { v, _ := c.feed.Get(); return v },
 	}
+	if c.cfg.Agents != nil {
+		c.rotation.declared = true
+		c.rotation.present = func(name string) bool {
+			return slices.ContainsFunc(c.cfg.Agents(), func(n fanout.Node) bool { return n.Name == name })
+		}
+	}
 	g.Go(func() error { c.rotation.run(ctx); return nil })
 	if c.cfg.Roots != nil {
 		g.Go(func() error { authority.FollowRoots(ctx); return nil })

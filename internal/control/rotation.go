@@ -36,8 +36,13 @@ type rotation struct {
 	authority *ca.Authority
 	view      func() *mesh.View
 	reports   func() []caserver.NodeReport
-	log       *slog.Logger
-	now       func() time.Time
+	// present reports whether a node exists; nil: whoever has called does.
+	present func(node string) bool
+	// declared: operators say in the MeshConfig that the root is to be replaced,
+	// where the API server checks who may.
+	declared bool
+	log      *slog.Logger
+	now      func() time.Time
 
 	mu     sync.Mutex
 	forced bool      // guarded by mu; the next step does not wait
@@ -85,8 +90,8 @@ func (r *rotation) step(now time.Time) {
 	stage := stageOf(roots)
 	if stage == adminv1.RotationIdle {
 		r.forced, r.clear, r.err = false, time.Time{}, nil
-		if !now.Before(r.authority.RootDue()) {
-			r.log.Info("two thirds of the root's life are over; it is replaced")
+		if why := r.due(now); why != "" {
+			r.log.Info("the root is to be replaced", "reason", why)
 			r.took(r.authority.PrepareRoot(), now)
 		}
 		return
@@ -111,6 +116,19 @@ func (r *rotation) step(now time.Time) {
 	} else {
 		r.took(r.authority.RetireRoots(), now)
 	}
+}
+
+// due says why the root is to be replaced now; empty: it is not.
+func (r *rotation) due(now time.Time) string {
+	if !now.Before(r.authority.RootDue()) {
+		return "two thirds of its life are over"
+	}
+	if v := r.view(); v != nil {
+		if limit := v.State.RootNotBefore; !limit.IsZero() && !now.Before(limit) && r.authority.RootMade().Before(limit) {
+			return "it was made before spec.rootNotBefore of the MeshConfig"
+		}
+	}
+	return ""
 }
 
 // quiet is for how long nothing may stand against the next step. A tunnel takes
@@ -149,6 +167,9 @@ func (r *rotation) nodes(roots []ca.Root, now time.Time) []adminv1.NodeRoots {
 	}
 	var out []adminv1.NodeRoots
 	for _, n := range caserver.Nodes(r.view(), reports) {
+		if !n.Connected && r.present != nil && !r.present(n.Name) {
+			continue // it was removed
+		}
 		one := adminv1.NodeRoots{Name: n.Name, Trusted: []string{}, Used: []string{}}
 		report := byName[n.Name]
 		for _, root := range roots {
@@ -208,6 +229,8 @@ func (r *rotation) rotate(force bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch stage := stageOf(r.authority.Roots()); {
+	case r.declared:
+		return errDeclared
 	case stage == adminv1.RotationIdle:
 		return r.authority.PrepareRoot()
 	case force:
@@ -219,10 +242,15 @@ func (r *rotation) rotate(force bool) error {
 	}
 }
 
+var errDeclared = errors.New("in a cluster the root is replaced by spec.rootNotBefore of the MeshConfig, which `kubectl signet ca rotate` sets; a node that is gone for good does not hold it up once its Node object is deleted")
+
 // abandon withdraws the next root.
 func (r *rotation) abandon() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.declared {
+		return errDeclared
+	}
 	if stage := stageOf(r.authority.Roots()); stage != adminv1.RotationPublishing {
 		return fmt.Errorf("there is no next root to withdraw: the rotation is %s", stage)
 	}

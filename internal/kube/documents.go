@@ -26,6 +26,7 @@ type settings struct {
 	td            spiffeid.TrustDomain
 	ttl           time.Duration
 	refuseUnknown bool
+	rootNotBefore time.Time
 }
 
 // Bounds of a workload certificate's lifetime, as the CRD has them.
@@ -53,6 +54,9 @@ func parseConfig(in *v1alpha1.MeshConfig) (settings, []string) {
 		if out.ttl = ttl.Duration; out.ttl < minTTL || out.ttl > maxTTL {
 			faults = append(faults, fmt.Sprintf("spec.svidTTL: is %v; use 4s to 24h", out.ttl))
 		}
+	}
+	if t := in.Spec.RootNotBefore; t != nil {
+		out.rootNotBefore = t.UTC()
 	}
 	switch in.Spec.UnknownDestinations {
 	case "", "plain":
@@ -114,7 +118,7 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 // replaced and not edited.
 func (x *index) view(s settings, d *documents) *mesh.View {
 	state := &mesh.State{
-		TrustDomain: s.td, SVIDTTL: s.ttl, RefuseUnknown: s.refuseUnknown,
+		TrustDomain: s.td, SVIDTTL: s.ttl, RootNotBefore: s.rootNotBefore, RefuseUnknown: s.refuseUnknown,
 		Namespaces: x.modes, Plain: x.plain, Excluded: x.excluded,
 		Workloads: x.workloads.values, Services: x.serviceSet.values,
 	}
@@ -124,10 +128,11 @@ func (x *index) view(s settings, d *documents) *mesh.View {
 		Domain     string
 		TTL        time.Duration
 		Refuse     bool
+		Root       time.Time
 		Namespaces map[string]mesh.Mode
 		Plain      map[string]bool
 		Excluded   map[string]string
-	}{2, s.td.Name(), s.ttl, s.refuseUnknown, x.modes, x.plain, x.excluded})
+	}{2, s.td.Name(), s.ttl, s.refuseUnknown, s.rootNotBefore, x.modes, x.plain, x.excluded})
 	if err != nil {
 		panic(fmt.Sprintf("kube: encode revision: %v", err))
 	}

@@ -87,6 +87,12 @@ func (c *Cluster) Get(ctx context.Context, path string, query url.Values, into a
 	return c.do(ctx, http.MethodGet, path, query, nil, into)
 }
 
+// Patch merges a value into the object at a path (RFC 7386), and reads the result
+// into a value of its type.
+func (c *Cluster) Patch(ctx context.Context, path string, send, into any) error {
+	return c.do(ctx, http.MethodPatch, path, nil, send, into)
+}
+
 func (c *Cluster) do(ctx context.Context, method, at string, query url.Values, send, into any) error {
 	u := *c.base
 	u.Path = path.Join("/", u.Path, at)
@@ -106,6 +112,9 @@ func (c *Cluster) do(ctx context.Context, method, at string, query url.Values, s
 	req.Header.Set("Accept", "application/json")
 	if send != nil {
 		req.Header.Set("Content-Type", "application/json")
+		if method == http.MethodPatch {
+			req.Header.Set("Content-Type", "application/merge-patch+json")
+		}
 	}
 	res, err := c.http.Do(req)
 	if err != nil {

@@ -171,6 +171,9 @@ func (b *builder) meshConfig() {
 		}
 		b.state.SVIDTTL = ttl.Duration
 	}
+	if t := spec.RootNotBefore; t != nil {
+		b.state.RootNotBefore = t.UTC()
+	}
 	switch spec.UnknownDestinations {
 	case "", "plain":
 	case "refuse":

@@ -62,6 +62,9 @@ func (m Mode) String() string {
 type State struct {
 	TrustDomain spiffeid.TrustDomain
 	SVIDTTL     time.Duration
+	// RootNotBefore: a root that was made before is to be replaced, once it is
+	// then. Zero: none is.
+	RootNotBefore time.Time
 	// RefuseUnknown closes connections to destinations outside the mesh.
 	RefuseUnknown bool
 	Namespaces    map[string]Mode // absent means ModeOff
