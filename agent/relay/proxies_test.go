@@ -83,6 +83,13 @@ func (n *node) is(t *testing.T, what string, connected, current bool, refused st
 	})
 }
 
+// taken fails the test unless Held says, within some seconds, that all proxies
+// have taken the certificates and roots. Without a proxy nobody has older ones.
+func (n *node) taken(t *testing.T, want bool) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("taken %v", want), func() bool { _, taken := n.Held(); return taken == want })
+}
+
 // stream is a proxy that answers when the test says so.
 type stream struct {
 	discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient
@@ -130,26 +137,34 @@ func TestTwoProxies(t *testing.T) {
 	n := startNode(t)
 	n.SetLocal(setOf(listener(t, "a", "")))
 	n.is(t, "no proxy", false, false, "")
+	n.taken(t, true)
 	first := n.stream(t, "1")
 	first.answer(t, "")
 	n.is(t, "one proxy", true, true, "")
+	n.taken(t, true)
 
 	second := n.stream(t, "2")
 	n.is(t, "the second has taken nothing yet", true, false, "")
+	n.taken(t, false)
 	second.answer(t, "")
 	n.is(t, "both have everything", true, true, "")
+	n.taken(t, true)
 
 	n.SetLocal(setOf(listener(t, "b", "")))
 	second.answer(t, "")
 	n.is(t, "the first is behind", true, false, "")
+	n.taken(t, false)
 	first.answer(t, "too new")
 	n.is(t, "the first refuses", true, false, "too new")
+	n.taken(t, false)
 	n.drain("1")
 	n.is(t, "the first refuses and drains", true, true, "")
+	n.taken(t, true)
 
 	n.SetLocal(setOf(listener(t, "c", "")))
 	second.answer(t, "too old")
 	n.is(t, "the one that stays refuses", true, false, "too old")
+	n.taken(t, false)
 	second.stop()
 	n.is(t, "only one that drains is left", false, false, "")
 	first.stop()

@@ -399,6 +399,40 @@ func TestBundleChange(t *testing.T) {
 	})
 }
 
+// When another root signs, certificates below the one before are renewed soon,
+// though they are good: that root is to be retired. They are not all renewed at
+// once.
+func TestAnotherRootSigns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		is := newIssuer(t, time.Hour)
+		n := start(t, is, Config{Jitter: func() float64 { return 0.5 }}, "web")
+		defer n.stop()
+		synctest.Wait()
+		first := n.must("web")
+		next := newAuthority(t, time.Now())
+		n.state.Bundle = []*x509.Certificate{next.root, is.root}
+		is.set(func(i *issuer) { i.authority = next })
+		n.Update(n.state)
+		time.Sleep(rotationSpread/2 - time.Second)
+		synctest.Wait()
+		if n.must("web") != first {
+			t.Error("renewed at once")
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		second := n.must("web")
+		if second.Serial == first.Serial {
+			t.Error("the certificate below the root that no longer signs was kept")
+		}
+		n.Update(n.state)
+		time.Sleep(rotationSpread)
+		synctest.Wait()
+		if n.must("web") != second {
+			t.Error("renewed once more")
+		}
+	})
+}
+
 // A shorter lifetime is applied to the certificates that are there.
 func TestShorterTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

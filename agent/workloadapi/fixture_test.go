@@ -165,6 +165,7 @@ type agent struct {
 	issuer   *issuer
 	svids    *svid.Manager
 	attestor *attest.Attestor
+	server   *Server
 	ready    atomic.Bool
 	perUID   int
 	cutOff   spiffeid.ID // quarantined
@@ -233,10 +234,10 @@ func startAgent(t *testing.T, edit func(*agent), rules ...rule) *agent {
 	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(a.socket, 0o777)); err != nil {
 		t.Fatal(err)
 	}
-	srv := New(Config{SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Log: log, PerUID: a.perUID})
+	a.server = New(Config{SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Log: log, PerUID: a.perUID})
 	ctx, cancel := context.WithCancel(context.Background())
 	a.stopServer = cancel
-	go func() { a.served <- srv.Serve(ctx, ln) }()
+	go func() { a.served <- a.server.Serve(ctx, ln) }()
 	mctx, mcancel := context.WithCancel(context.Background())
 	managed := make(chan error, 1)
 	go func() { managed <- a.svids.Run(mctx) }()

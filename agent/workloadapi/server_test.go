@@ -244,6 +244,50 @@ func TestBundles(t *testing.T) {
 	}
 }
 
+// Defends rotations of the root: a stream that was not sent the newest roots is
+// known to be behind. The caller here reads nothing, so that what it is sent
+// fills what is buffered for it at last.
+func TestBehind(t *testing.T) {
+	a := startAgent(t, nil, rule{"web", "web", self(t)})
+	ctx, cancel := context.WithCancel(call(t))
+	defer cancel()
+	s, err := a.client().FetchX509Bundles(ctx, &workload.X509BundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	want := func(n int) bool {
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+			if a.server.Behind() == n {
+				return true
+			}
+		}
+		return false
+	}
+	if !want(0) {
+		t.Error("a stream that was sent everything is behind")
+	}
+	w := mesh.Workload{Namespace: "default", Name: "web", ServiceAccount: "web", ID: sa("web")}
+	next := newIssuer(t).root
+	for i := 1; a.server.Behind() == 0; i++ { // until the caller's window is full
+		if i > 200 {
+			t.Fatal("a stream that cannot be sent anything is not behind")
+		}
+		bundle := []*x509.Certificate{a.issuer.root}
+		for range 20 * (1 + i%2) { // another bundle each time
+			bundle = append(bundle, next)
+		}
+		a.svids.Update(svid.State{TrustDomain: td, Bundle: bundle, Workloads: []mesh.Workload{w}})
+		time.Sleep(10 * time.Millisecond)
+	}
+	cancel()
+	if !want(0) {
+		t.Error("a stream that is gone holds everything up")
+	}
+}
+
 // Without the header no call is answered, whatever it asks.
 func TestHeader(t *testing.T) {
 	a := startAgent(t, nil, rule{"web", "web", self(t)})

@@ -265,6 +265,8 @@ func testMeshConfig(t *testing.T, admin dynamic.Interface) {
 		{meshConfig("mesh", `{trustDomain: mesh.example}`), ""},
 		{meshConfig("mesh", `{trustDomain: mesh.example, svidTTL: 4s, unknownDestinations: refuse}`), ""},
 		{meshConfig("mesh", `{trustDomain: mesh.example, svidTTL: 24h}`), ""},
+		{meshConfig("mesh", `{trustDomain: mesh.example, rootNotBefore: "2026-01-02T03:04:05Z"}`), ""},
+		{meshConfig("mesh", `{trustDomain: mesh.example, rootNotBefore: tomorrow}`), "rootNotBefore"},
 		{meshConfig("second", `{trustDomain: mesh.example}`), "its name must be mesh"},
 		{meshConfig("mesh", `{}`), "spec.trustDomain: Required value"},
 		{meshConfig("mesh", `{trustDomain: "spiffe://mesh.example"}`), "must be a bare name"},

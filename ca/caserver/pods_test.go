@@ -180,6 +180,10 @@ func TestReports(t *testing.T) {
 	}
 	_, err := one.Report(ctx, &nodev1.ReportRequest{Workloads: make([]*nodev1.WorkloadReport, maxReported+1)})
 	wantCode(t, err, codes.InvalidArgument, "at most")
+	for _, roots := range []*nodev1.Roots{{Trusted: make([][]byte, maxRoots+1)}, {Used: make([][]byte, maxRoots+1)}, {Waits: strings.Repeat("x", maxProblem+1)}} {
+		_, err = one.Report(ctx, &nodev1.ReportRequest{Roots: roots})
+		wantCode(t, err, codes.InvalidArgument, "roots")
+	}
 	report[0].Problem = strings.Repeat("x", maxProblem+1)
 	_, err = one.Report(ctx, &nodev1.ReportRequest{Workloads: report})
 	wantCode(t, err, codes.InvalidArgument, "too long")

@@ -8,6 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
@@ -33,7 +34,8 @@ func TestReplicaHears(t *testing.T) {
 		t.Errorf("before any node: %+v", got)
 	}
 	w.feed.Set(podView("r1", "u1"))
-	report := &nodev1.ReportRequest{Revision: "r1", Workloads: []*nodev1.WorkloadReport{{Workload: "shop/web-1", Uid: "u1", Problem: "none yet"}}}
+	report := &nodev1.ReportRequest{Revision: "r1", Workloads: []*nodev1.WorkloadReport{{Workload: "shop/web-1", Uid: "u1", Problem: "none yet"}},
+		Roots: &nodev1.Roots{Trusted: [][]byte{{1}}, Used: [][]byte{{2}}, Waits: "w"}}
 	if _, err := w.asNode("one").Report(testContext(t), report); err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +44,7 @@ func TestReplicaHears(t *testing.T) {
 		got = heard()
 	}
 	want := w.server.Reports()[0]
-	if g := got[0]; g.Node != "one" || g.Connected || !g.At.Equal(want.At) || !g.Since.Equal(want.Since) || g.Workloads[0].GetProblem() != "none yet" {
+	if g := got[0]; g.Node != "one" || g.Connected || !g.At.Equal(want.At) || !g.Since.Equal(want.Since) || g.Workloads[0].GetProblem() != "none yet" || !proto.Equal(g.Roots, report.Roots) {
 		t.Errorf("heard %+v, want %+v", g, want)
 	}
 }

@@ -124,7 +124,7 @@ func (r *rotation) due(now time.Time) string {
 		return "two thirds of its life are over"
 	}
 	if v := r.view(); v != nil {
-		if limit := v.State.RootNotBefore; !limit.IsZero() && !now.Before(limit) && r.authority.RootMade().Before(limit) {
+		if limit := v.State.RootNotBefore.Truncate(time.Second); !limit.IsZero() && !now.Before(limit) && r.authority.RootMade().Before(limit) {
 			return "it was made before spec.rootNotBefore of the MeshConfig"
 		}
 	}

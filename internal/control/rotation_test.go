@@ -170,6 +170,44 @@ func TestRotationByHand(t *testing.T) {
 	}
 }
 
+// A root that was made before the instant that the MeshConfig names is replaced
+// once, when that instant has come.
+func TestRotationIsDeclared(t *testing.T) {
+	x := newTurntable(t)
+	x.declared = true
+	for name, f := range map[string]func() error{"rotate": func() error { return x.rotate(false) }, "force": func() error { return x.rotate(true) }, "abandon": x.abandon} {
+		if err := f(); err == nil || !strings.Contains(err.Error(), "rootNotBefore") {
+			t.Errorf("%s by hand, where nobody checks who may: %v", name, err)
+		}
+	}
+	state := x.view().State
+	state.RootNotBefore = x.at.Add(-time.Hour)
+	x.pass(time.Second)
+	x.want(t, adminv1.RotationIdle, "with a root that is younger")
+	state.RootNotBefore = x.at.Add(time.Minute)
+	x.pass(50 * time.Second)
+	x.want(t, adminv1.RotationIdle, "before the instant")
+	x.pass(20 * time.Second)
+	x.want(t, adminv1.RotationPublishing, "after it")
+	for range 2 {
+		x.say(x.authority.Bundle(), x.authority.Bundle()[:1])
+		x.pass(time.Hour)
+	}
+	x.want(t, adminv1.RotationIdle, "an hour after it was replaced")
+	// A node that was removed does not hold anything up, one that is away does.
+	x.say(x.authority.Bundle(), x.authority.Bundle()[:1])
+	x.reports[0].Connected = false
+	x.present = func(string) bool { return true }
+	state.RootNotBefore = x.at
+	x.pass(time.Minute)
+	x.want(t, adminv1.RotationPublishing, "while node one is away")
+	x.present = func(name string) bool { return name == "two" }
+	x.say(x.authority.Bundle(), x.authority.Bundle()[:1])
+	x.reports[0].Connected = false
+	x.pass(time.Minute)
+	x.want(t, adminv1.RotationRetiring, "when node one was removed")
+}
+
 // The root is replaced by itself in time.
 func TestRotationIsDue(t *testing.T) {
 	x := newTurntable(t)

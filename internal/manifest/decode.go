@@ -136,6 +136,7 @@ func decode(r *report, file string, n *yaml.Node) *document {
 var (
 	typeNode     = reflect.TypeFor[yaml.Node]()
 	typeDuration = reflect.TypeFor[metav1.Duration]()
+	typeTime     = reflect.TypeFor[metav1.Time]()
 	decimal      = regexp.MustCompile(`^(0|-?[1-9][0-9]{0,18})$`)
 	plainKey     = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,80}$`)
 )
@@ -164,6 +165,8 @@ func (d *document) value(n *yaml.Node, v reflect.Value, field string) {
 		v.Set(reflect.ValueOf(*n))
 	case v.Type() == typeDuration:
 		d.duration(n, v, field)
+	case v.Type() == typeTime:
+		d.instant(n, v, field)
 	case v.Kind() == reflect.Pointer:
 		v.Set(reflect.New(v.Type().Elem()))
 		d.value(n, v.Elem(), field)
@@ -304,6 +307,19 @@ func (d *document) duration(n *yaml.Node, v reflect.Value, field string) {
 		return
 	}
 	v.Set(reflect.ValueOf(metav1.Duration{Duration: t}))
+}
+
+func (d *document) instant(n *yaml.Node, v reflect.Value, field string) {
+	if n.Kind != yaml.ScalarNode {
+		d.bad(CodeType, field, n, "must be an instant such as 2026-01-02T15:04:05Z, is %s", describe(n))
+		return
+	}
+	t, err := time.Parse(time.RFC3339, n.Value)
+	if err != nil {
+		d.bad(CodeType, field, n, "%q is no instant; write one as 2026-01-02T15:04:05Z", n.Value)
+		return
+	}
+	v.Set(reflect.ValueOf(metav1.NewTime(t)))
 }
 
 // describe names what a node is, for messages.

@@ -30,6 +30,7 @@ func TestLoad(t *testing.T) {
 		TrustDomain:   spiffeid.RequireTrustDomainFromString("mesh.example"),
 		SVIDTTL:       10 * time.Minute,
 		RefuseUnknown: true,
+		RootNotBefore: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
 		Namespaces:    map[string]mesh.Mode{"shop": mesh.ModeEnforce, "ops": mesh.ModeOff},
 		Workloads: []mesh.Workload{
 			{
