@@ -6,10 +6,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/agent/netns"
 	"github.com/signet-mesh/signet/agent/probe"
+	"github.com/signet-mesh/signet/internal/proxy/instance"
 )
 
 // ReleaseNode lets every pod of this node go, when the mesh is removed from
@@ -40,7 +44,32 @@ func ReleaseNode(cfg Config) error {
 	if err := os.Remove(cfg.Bundle); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	removeEmpty(cfg)
+	return nil
+}
+
+// proxiesEnd is how long the node's proxies may take to see that no other comes,
+// and to end.
+const proxiesEnd = 30 * time.Second
+
+// removeEmpty removes the directories themselves, once the proxies are gone. They
+// are mounts here, and ordinary directories to the node's first process. What
+// is not empty stays.
+func removeEmpty(cfg Config) {
+	for end := time.Now().Add(proxiesEnd); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		if living, err := instance.List(cfg.RunDir); err == nil && len(living) == 0 {
+			break
+		}
+	}
+	for _, dir := range []string{instance.Root(cfg.RunDir), cfg.RunDir, cfg.StateDir, filepath.Dir(cfg.StateDir)} {
+		err := unix.Rmdir(filepath.Join("/proc/1/root", dir))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			cfg.Log.Info("a directory stays on the node", "dir", dir, "error", err)
+		}
+	}
 }
 
 // empty removes what is in a directory, which may be a mount itself.

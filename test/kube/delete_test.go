@@ -13,7 +13,7 @@ import (
 func (b *bench) inventory() map[string]string {
 	b.Helper()
 	const look = `
-for dir in /run/signet /var/lib/signet; do [ ! -e $dir ] || find $dir -mindepth 1; done
+for dir in /run/signet /var/lib/signet; do [ ! -e $dir ] || find $dir; done
 ls /opt/cni/bin /etc/cni/net.d
 for file in /etc/cni/net.d/*; do sha256sum "$file"; done
 grep signet /proc/self/mountinfo || true
@@ -59,7 +59,7 @@ func TestDeleteRelease(t *testing.T) {
 		}
 	}
 	for node, now := range b.inventory() {
-		if now != before[node] {
+		if now != before[node] || strings.Contains(now, "signet") {
 			t.Errorf("%s has\n%s\nand had before\n%s", node, now, before[node])
 		}
 	}
