@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -11,8 +12,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -40,8 +44,9 @@ type nodeIdentity struct {
 	renew  chan struct{} // holds one signal: the roots were set
 
 	mu        sync.Mutex
-	cert      *tls.Certificate // guarded by mu; Leaf is set; replaced whole
-	lastError string           // guarded by mu; why the latest renewal failed
+	conns     map[net.Conn]bool // guarded by mu; open to the control plane, with a certificate of this node's
+	cert      *tls.Certificate  // guarded by mu; Leaf is set; replaced whole
+	lastError string            // guarded by mu; why the latest renewal failed
 }
 
 // openNode loads the identity that an earlier run left, if it is still valid,
@@ -51,7 +56,7 @@ func openNode(cfg Config) (*nodeIdentity, error) {
 	if err != nil {
 		return nil, fmt.Errorf("trust domain: %w", err)
 	}
-	n := &nodeIdentity{dir: cfg.StateDir, target: cfg.Control, token: cfg.JoinToken, log: cfg.Log, renew: make(chan struct{}, 1)}
+	n := &nodeIdentity{dir: cfg.StateDir, target: cfg.Control, token: cfg.JoinToken, log: cfg.Log, renew: make(chan struct{}, 1), conns: map[net.Conn]bool{}}
 	n.bundle, err = x509bundle.Load(td, n.bundleFile())
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(n.bundle.X509Authorities()) == 0 {
 		n.bundle, err = x509bundle.Load(td, cfg.Bundle)
@@ -98,7 +103,7 @@ func (n *nodeIdentity) dial(joined bool) (*grpc.ClientConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return grpc.NewClient(n.target,
+	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(credentials.NewTLS(tlsConfig)),
 		// The default would wait up to two minutes after a long absence of the
 		// control plane; edits and renewals wait with it.
@@ -106,7 +111,54 @@ func (n *nodeIdentity) dial(joined bool) (*grpc.ClientConn, error) {
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64 << 20)),
+	}
+	if joined {
+		options = append(options, grpc.WithContextDialer(n.connect))
+	}
+	return grpc.NewClient(n.target, options...)
+}
+
+// connect opens a connection that is closed when another root signs: the control
+// plane knows this node by the certificate that the connection began with.
+func (n *nodeIdentity) connect(ctx context.Context, address string) (net.Conn, error) {
+	network := "tcp"
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		network, address = "unix", strings.TrimPrefix(path, "//")
+	}
+	raw, err := new(net.Dialer).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	c := &controlConn{raw, n}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.conns[c] = true
+	return c, nil
+}
+
+// controlConn is a connection to the control plane.
+type controlConn struct {
+	net.Conn
+	node *nodeIdentity
+}
+
+// Close implements net.Conn.
+func (c *controlConn) Close() error {
+	c.node.mu.Lock()
+	delete(c.node.conns, c)
+	c.node.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// reconnect closes the open connections; calls under way fail and are made again.
+func (n *nodeIdentity) reconnect() {
+	n.mu.Lock()
+	conns := slices.Collect(maps.Keys(n.conns))
+	n.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close() // gRPC opens another
+	}
 }
 
 // join gets the first certificate and reports whether it has. It tries until
@@ -223,9 +275,16 @@ func (n *nodeIdentity) obtain(ctx context.Context, ask func(context.Context, []b
 		return err
 	}
 	n.mu.Lock()
+	was := n.cert
 	n.cert = cert
 	n.mu.Unlock()
-	return n.setBundle(svid.GetBundle())
+	if err := n.setBundle(svid.GetBundle()); err != nil {
+		return err
+	}
+	if was != nil && !bytes.Equal(was.Certificate[len(was.Certificate)-1], cert.Certificate[len(cert.Certificate)-1]) {
+		n.reconnect() // another issuer
+	}
+	return nil
 }
 
 // setBundle replaces the roots. An empty set is ignored: it would cut the

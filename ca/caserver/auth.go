@@ -165,6 +165,24 @@ func (s *Server) caller(ctx context.Context, call string) (spiffeid.ID, *x509.Ce
 	return id, certs[0], nil
 }
 
+// rootOfCaller returns the root that the certificate of the current call's
+// connection ends at.
+func (s *Server) rootOfCaller(ctx context.Context) (ca.Fingerprint, bool) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return ca.Fingerprint{}, false
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return ca.Fingerprint{}, false
+	}
+	_, chains, err := x509svid.Verify(info.State.PeerCertificates, s.authority, x509svid.WithTime(s.now()))
+	if err != nil || len(chains) == 0 || len(chains[0]) == 0 {
+		return ca.Fingerprint{}, false
+	}
+	return ca.FingerprintOf(chains[0][len(chains[0])-1]), true
+}
+
 // quarantined names the quarantine that cuts a node off in the newest view.
 func (s *Server) quarantined(node string) (quarantine string, cut bool) {
 	view, _ := s.feed.Get()

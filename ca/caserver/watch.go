@@ -119,6 +119,11 @@ func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1
 	if len(roots.GetTrusted()) > maxRoots || len(roots.GetUsed()) > maxRoots || len(roots.GetWaits()) > maxProblem {
 		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "roots: at most %d of each kind, and %d bytes of what waits", maxRoots, maxProblem)
 	}
+	if root, ok := s.rootOfCaller(ctx); ok && roots != nil {
+		// This connection ends with the root that its certificate ends at.
+		roots = proto.CloneOf(roots)
+		roots.Used = append(roots.Used, root[:])
+	}
 	own := s.ownReports(ctx, name, req.GetWorkloads())
 	off := s.clockOf(req)
 	s.mu.Lock()
