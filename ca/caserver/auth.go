@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -18,6 +17,7 @@ import (
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/x509check"
 )
 
 type nodeKey struct{}
@@ -138,7 +138,7 @@ func (s *Server) authenticate(ctx context.Context, call string) (string, *x509.C
 	if len(certs) == 0 {
 		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
 	}
-	id, _, err := x509svid.Verify(certs, s.authority, x509svid.WithTime(s.now()))
+	id, err := x509check.Verify(certs, s.authority, s.now())
 	if err != nil {
 		return "", nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
 	}
