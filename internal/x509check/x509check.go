@@ -35,6 +35,8 @@ const (
 var (
 	oidSAN      = asn1.ObjectIdentifier{2, 5, 29, 17}
 	oidKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 15}
+	oidBasic    = asn1.ObjectIdentifier{2, 5, 29, 19}
+	oidPurposes = asn1.ObjectIdentifier{2, 5, 29, 37}
 )
 
 // Verify verifies a chain, leaf first, against the roots of the trust domain
@@ -52,7 +54,25 @@ func Verify(certs []*x509.Certificate, bundle x509bundle.Source, now time.Time) 
 	if err := checkLeaf(certs[0], id); err != nil {
 		return id, fmt.Errorf("certificate of %.256q: %w", id, err)
 	}
+	for i, c := range certs[1:] {
+		if err := checkAuthority(c); err != nil {
+			return id, fmt.Errorf("certificate %d of the chain: %w", i+1, err)
+		}
+	}
 	return id, nil
+}
+
+// checkAuthority holds what comes with a leaf, whether or not the chain needs
+// it, to what the proxies ask of it: go-spiffe lets an authority for other
+// purposes sign, and any that has a key.
+func checkAuthority(c *x509.Certificate) error {
+	switch {
+	case !goodSerial(c):
+		return fmt.Errorf("its serial number must be positive and of at most %d bytes", maxSerial)
+	case !purposes(c, x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth):
+		return errors.New("is an authority for other purposes than serverAuth and clientAuth")
+	}
+	return checkKey(c.PublicKey)
 }
 
 // checkLeaf has what x509svid.Verify leaves open.
@@ -66,14 +86,17 @@ func checkLeaf(leaf *x509.Certificate, id spiffeid.ID) error {
 		return fmt.Errorf("its trust domain has %d bytes; at most %d are allowed", len(id.TrustDomain().Name()), maxTrustDomain)
 	case leaf.Version != 3:
 		return fmt.Errorf("is of version %d; want 3", leaf.Version)
-	case leaf.SerialNumber.Sign() <= 0 || leaf.SerialNumber.BitLen() > 8*maxSerial:
+	case !goodSerial(leaf):
 		return fmt.Errorf("its serial number must be positive and of at most %d bytes", maxSerial)
 	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
 		return errors.New("lacks the key usage digitalSignature")
 	case !extension(leaf, oidKeyUsage).Critical:
 		return errors.New("its key usage must be critical")
-	case !bothUsages(leaf):
+	case !purposes(leaf, x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth):
 		return errors.New("its extended key usage must hold both serverAuth and clientAuth")
+	}
+	if err := checkForm(leaf); err != nil {
+		return err
 	}
 	if err := checkSpelling(extension(leaf, oidSAN).Value, id); err != nil {
 		return err
@@ -116,11 +139,36 @@ func checkKey(pub any) error {
 	return fmt.Errorf("its key is of kind %T; want ECDSA P-256", pub)
 }
 
-func bothUsages(c *x509.Certificate) bool {
-	if len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 {
+func goodSerial(c *x509.Certificate) bool {
+	return c.SerialNumber.Sign() > 0 && c.SerialNumber.BitLen() <= 8*maxSerial
+}
+
+// purposes reports whether a certificate is for all of these, as one is that
+// does not say what it is for.
+func purposes(c *x509.Certificate, want ...x509.ExtKeyUsage) bool {
+	if extension(c, oidPurposes).Id == nil {
 		return true
 	}
-	return slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth) && slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
+	return !slices.ContainsFunc(want, func(u x509.ExtKeyUsage) bool { return !slices.Contains(c.ExtKeyUsage, u) })
+}
+
+// checkForm refuses what Go reads leniently in the extensions that say what a
+// leaf may do: bytes behind their end, and a leaf with the limits of an authority.
+func checkForm(leaf *x509.Certificate) error {
+	for _, id := range []asn1.ObjectIdentifier{oidKeyUsage, oidBasic, oidPurposes, oidSAN} {
+		e := extension(leaf, id)
+		if e.Id == nil {
+			continue
+		}
+		var v asn1.RawValue
+		if rest, err := asn1.Unmarshal(e.Value, &v); err != nil || len(rest) != 0 {
+			return fmt.Errorf("its extension %s is followed by more", id)
+		}
+		if id.Equal(oidBasic) && len(v.Bytes) != 0 && !slices.Equal(v.Bytes, []byte{1, 1, 0}) {
+			return errors.New("its basic constraints are an authority's")
+		}
+	}
+	return nil
 }
 
 // extension returns one of a certificate's extensions; a zero one if it has none

@@ -84,6 +84,18 @@ func TestVerify(t *testing.T) {
 		}, "must be critical"},
 		{"for servers only", func(c *x509.Certificate) { c.ExtKeyUsage = both[:1] }, "both"},
 		{"for clients only", func(c *x509.Certificate) { c.ExtKeyUsage = both[1:] }, "both"},
+		{"for no purpose", func(c *x509.Certificate) {
+			c.ExtKeyUsage, c.ExtraExtensions = nil, []pkix.Extension{{Id: oidPurposes, Value: []byte{0x30, 0}}}
+		}, "both"},
+		{"key usage and more", func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: oidKeyUsage, Critical: true, Value: []byte{3, 2, 7, 0x80, 5, 0}}}
+		}, "followed by more"},
+		{"a path length", func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: oidBasic, Critical: true, Value: []byte{0x30, 3, 2, 1, 0}}}
+		}, "are an authority's"},
+		{"an outspoken no", func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: oidBasic, Critical: true, Value: []byte{0x30, 3, 1, 1, 0}}}
+		}, ""},
 		{"for an unknown purpose", func(c *x509.Certificate) {
 			c.ExtKeyUsage, c.UnknownExtKeyUsage = nil, []asn1.ObjectIdentifier{{1, 2, 3}}
 		}, "both"},
@@ -110,6 +122,58 @@ func TestVerify(t *testing.T) {
 			case c.want == "" && id.String() != leaf.URIs[0].String():
 				t.Errorf("believed to be %q", id)
 			case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)):
+				t.Errorf("%v; want a refusal with %q in it", err, c.want)
+			}
+		})
+	}
+}
+
+// TestAuthorities: go-spiffe lets each of these sign for the leaf below it.
+func TestAuthorities(t *testing.T) {
+	now := time.Now()
+	td := spiffeid.RequireTrustDomainFromString("mesh.test")
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	authority := func(serial int64) *x509.Certificate {
+		return &x509.Certificate{
+			SerialNumber: big.NewInt(serial), Subject: pkix.Name{SerialNumber: big.NewInt(serial).String()},
+			NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
+			BasicConstraintsValid: true, IsCA: true, KeyUsage: x509.KeyUsageCertSign,
+		}
+	}
+	root := authority(1)
+	root = must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, root, root, key.Public(), key))))
+	weak := must(rsa.GenerateKey(rand.Reader, 1024))
+	for _, c := range []struct {
+		name   string
+		change func(*x509.Certificate)
+		key    crypto.Signer
+		want   string
+	}{
+		{"an ordinary one", func(*x509.Certificate) {}, key, ""},
+		{"for both purposes", func(c *x509.Certificate) {
+			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+		}, key, ""},
+		{"for servers only", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }, key, "other purposes"},
+		{"for code", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning} }, key, "other purposes"},
+		{"a long serial number", func(c *x509.Certificate) { c.SerialNumber = new(big.Int).Lsh(big.NewInt(1), 160) }, key, "serial number"},
+		{"of RSA 1024", func(*x509.Certificate) {}, weak, "1024 bits"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			middle := authority(2)
+			c.change(middle)
+			middle = must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, middle, root, c.key.Public(), key))))
+			leaf := &x509.Certificate{
+				SerialNumber: big.NewInt(7), NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Minute),
+				URIs: []*url.URL{must(url.Parse(web))}, KeyUsage: x509.KeyUsageDigitalSignature,
+			}
+			leaf = must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, leaf, middle, key.Public(), c.key))))
+			bundle := x509bundle.FromX509Authorities(td, []*x509.Certificate{root})
+			chain := []*x509.Certificate{leaf, middle}
+			if _, _, err := x509svid.Verify(chain, bundle); err != nil {
+				t.Fatalf("go-spiffe refuses it: %v; the case shows nothing", err)
+			}
+			_, err := Verify(chain, bundle, now)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("%v; want a refusal with %q in it", err, c.want)
 			}
 		})
