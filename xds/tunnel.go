@@ -156,10 +156,10 @@ func tlsParams() *tlsv3.TlsParameters {
 	}
 }
 
-// validation accepts peers of the trust domain whose chain ends in its bundle.
-// Which of them may do what is decided elsewhere, by comparing names, so a name
-// must be a SPIFFE ID in its one spelling: no other program may read it as
-// another's.
+// validation accepts workloads of the trust domain whose chain ends in its
+// bundle. Which of them may do what is decided elsewhere, by comparing names, so
+// a name must be a SPIFFE ID in its one spelling: no other program may read it as
+// another's, and none is deeper than a service account's.
 func (b *builder) validation() *tlsv3.CommonTlsContext_CombinedValidationContext {
 	return &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
@@ -181,12 +181,13 @@ func (b *builder) validation() *tlsv3.CommonTlsContext_CombinedValidationContext
 // as many as the project's own programs read.
 const maxAuthorities = 7
 
-// idPattern matches the whole of a SPIFFE ID with a path in a trust domain, and
-// nothing else: letters, digits, dots, dashes and underscores in segments that
-// are neither empty nor of one or two dots only.
+// idPattern matches the whole of a workload's SPIFFE ID in a trust domain, and
+// nothing else: /ns/<namespace>/sa/<service account>, with letters, digits, dots,
+// dashes and underscores in segments that are not of one or two dots only. Nodes
+// and the control plane open no tunnels.
 func idPattern(td spiffeid.TrustDomain) string {
 	const segment = `([A-Za-z0-9_-][A-Za-z0-9._-]*|\.[A-Za-z0-9_-][A-Za-z0-9._-]*|\.\.[A-Za-z0-9._-]+)`
-	return regexp.QuoteMeta(td.IDString()) + `(/` + segment + `)+`
+	return regexp.QuoteMeta(td.IDString()) + `/ns/` + segment + `/sa/` + segment
 }
 
 // insideNamespace makes a cluster's sockets inside the network namespace that
