@@ -284,9 +284,14 @@ func handshake(l *line, e *audit.Event) {
 		r.ID = fmt.Sprintf("handshake-%s-%s", l.Src, l.Start)
 	}
 	r.Side, r.Transport = audit.Destination, "mtls"
-	r.Source = audit.Party{ID: l.Peer, Address: l.Src}
+	// What the caller's certificate names is no identity: anybody can make one
+	// that names anybody. It is told, and the record is nobody's.
+	r.Source = audit.Party{Address: l.Src}
 	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst}
 	r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: "+l.Failure
+	if l.Peer != "" {
+		r.Reason += fmt.Sprintf("; its certificate names %.256q", l.Peer)
+	}
 	switch {
 	case strings.Contains(l.Failure, "_ALERT_CERTIFICATE_UNKNOWN"):
 		// The alert is the caller's, for whom this certificate is not that of

@@ -72,7 +72,10 @@ func TestDecode(t *testing.T) {
 		"plain-observe":                 {true, audit.Destination, audit.Observed, "plaintext", "", "", "", "plaintext: the caller proved no identity", 100, 50, ""},
 		"handshake-of-a-tunnel":         {}, // its streams are the records
 		"handshake-without-certificate": {true, audit.Destination, audit.Denied, "mtls", "", "", "", "peer_did_not_provide_required_client_certificate", 0, 0, ""},
-		"handshake-broken":              {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
+		// Anybody can write a name into a certificate that nobody trusts: without
+		// this, a stranger could fill the audit with refusals of somebody else.
+		"handshake-of-a-forger": {true, audit.Destination, audit.Denied, "mtls", "", "", "", `its certificate names "spiffe://mesh.test/ns/shop/sa/client"`, 0, 0, ""},
+		"handshake-broken":      {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
 		// A caller that wanted somebody else at this address has not been refused.
 		"handshake-ended-by-caller": {true, audit.Destination, audit.Failed, "mtls", "", "", "", "the caller did not want this destination", 0, 0, ""},
 		"handshake-no-tls":          {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},
