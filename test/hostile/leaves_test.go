@@ -249,54 +249,67 @@ func (c *corpus) signatures() {
 	}
 }
 
-// publicKeys: those that are weak, broken, or not for signing.
-func (c *corpus) publicKeys() {
-	with := func(name string, spki []byte, key crypto.Signer) {
-		c.add(testCase{family: "public key", name: name, key: key, chain: [][]byte{c.issue(idWeb, func(k *cert) { k.spki = spki }), c.intermediate.der}})
-	}
-	point := must(c.keys.p256.PublicKey.Bytes())
+// publicKey is a key, in DER, and with what a presenter would prove it.
+type publicKey struct {
+	name string
+	spki []byte
+	key  crypto.Signer
+}
+
+// publicKeysOf are keys that are weak, broken, or not for signing.
+func publicKeysOf(p *pki) (out []publicKey) {
+	with := func(name string, spki []byte, key crypto.Signer) { out = append(out, publicKey{name, spki, key}) }
+	point := must(p.keys.p256.PublicKey.Bytes())
 	ec := func(curve, point []byte) []byte { return seq(seq(ecKey, curve), bits(point)) }
-	change := func(i int) []byte { p := bytes.Clone(point); p[i] ^= 1; return p }
-	with("P-224", spki(c.keys.p224.Public()), c.keys.p224)
-	with("P-521", spki(c.keys.p521.Public()), c.keys.p521)
-	with("Ed25519", spki(c.keys.ed25519.Public()), c.keys.ed25519)
-	with("RSA 1024", spki(c.keys.rsa1024.Public()), c.keys.rsa1024)
-	with("X25519", seq(seq(oid(1, 3, 101, 110)), bits(make([]byte, 32))), c.keys.p256)
-	with("of an unknown kind", seq(seq(oid(1, 2, 3, 4)), bits(point)), c.keys.p256)
-	with("DSA", seq(seq(oid(1, 2, 840, 10040, 4, 1), seq(tlv(2, []byte{7}), tlv(2, []byte{3}), tlv(2, []byte{2}))), bits(tlv(2, []byte{2}))), c.keys.p256)
-	with("a point off the curve", ec(curveP256, change(64)), c.keys.p256)
-	with("a point off the curve, the other coordinate", ec(curveP256, change(1)), c.keys.p256)
-	with("infinity", ec(curveP256, []byte{0}), c.keys.p256)
-	with("zeros", ec(curveP256, append([]byte{4}, make([]byte, 64)...)), c.keys.p256)
-	with("too large a coordinate", ec(curveP256, append([]byte{4}, bytes.Repeat([]byte{0xff}, 64)...)), c.keys.p256)
-	with("a compressed point", ec(curveP256, append([]byte{2 + point[64]&1}, point[1:33]...)), c.keys.p256)
-	with("a hybrid point", ec(curveP256, append([]byte{6 + point[64]&1}, point[1:]...)), c.keys.p256)
-	with("half a point", ec(curveP256, point[:33]), c.keys.p256)
-	with("a point and more", ec(curveP256, append(bytes.Clone(point), 0)), c.keys.p256)
-	with("a point of another curve", ec(oid(1, 3, 132, 0, 34), point), c.keys.p256)
-	with("secp256k1", ec(oid(1, 3, 132, 0, 10), point), c.keys.p256)
-	with("brainpool", ec(oid(1, 3, 36, 3, 3, 2, 8, 1, 1, 7), point), c.keys.p256)
-	with("no curve", seq(seq(ecKey), bits(point)), c.keys.p256)
-	with("NULL for a curve", ec(derNull, point), c.keys.p256)
-	with("a curve of its own", ec(seq(tlv(2, []byte{1})), point), c.keys.p256)
-	with("no bits", ec(curveP256, nil), c.keys.p256)
-	with("unused bits", seq(seq(ecKey, curveP256), tlv(3, []byte{1}, point)), c.keys.p256)
+	change := func(i int) []byte { q := bytes.Clone(point); q[i] ^= 1; return q }
+	with("P-224", spki(p.keys.p224.Public()), p.keys.p224)
+	with("P-521", spki(p.keys.p521.Public()), p.keys.p521)
+	with("Ed25519", spki(p.keys.ed25519.Public()), p.keys.ed25519)
+	with("RSA 1024", spki(p.keys.rsa1024.Public()), p.keys.rsa1024)
+	with("X25519", seq(seq(oid(1, 3, 101, 110)), bits(make([]byte, 32))), p.keys.p256)
+	with("of an unknown kind", seq(seq(oid(1, 2, 3, 4)), bits(point)), p.keys.p256)
+	with("DSA", seq(seq(oid(1, 2, 840, 10040, 4, 1), seq(tlv(2, []byte{7}), tlv(2, []byte{3}), tlv(2, []byte{2}))), bits(tlv(2, []byte{2}))), p.keys.p256)
+	with("a point off the curve", ec(curveP256, change(64)), p.keys.p256)
+	with("a point off the curve, the other coordinate", ec(curveP256, change(1)), p.keys.p256)
+	with("infinity", ec(curveP256, []byte{0}), p.keys.p256)
+	with("zeros", ec(curveP256, append([]byte{4}, make([]byte, 64)...)), p.keys.p256)
+	with("too large a coordinate", ec(curveP256, append([]byte{4}, bytes.Repeat([]byte{0xff}, 64)...)), p.keys.p256)
+	with("a compressed point", ec(curveP256, append([]byte{2 + point[64]&1}, point[1:33]...)), p.keys.p256)
+	with("a hybrid point", ec(curveP256, append([]byte{6 + point[64]&1}, point[1:]...)), p.keys.p256)
+	with("half a point", ec(curveP256, point[:33]), p.keys.p256)
+	with("a point and more", ec(curveP256, append(bytes.Clone(point), 0)), p.keys.p256)
+	with("a point of another curve", ec(oid(1, 3, 132, 0, 34), point), p.keys.p256)
+	with("secp256k1", ec(oid(1, 3, 132, 0, 10), point), p.keys.p256)
+	with("brainpool", ec(oid(1, 3, 36, 3, 3, 2, 8, 1, 1, 7), point), p.keys.p256)
+	with("no curve", seq(seq(ecKey), bits(point)), p.keys.p256)
+	with("NULL for a curve", ec(derNull, point), p.keys.p256)
+	with("a curve of its own", ec(seq(tlv(2, []byte{1})), point), p.keys.p256)
+	with("no bits", ec(curveP256, nil), p.keys.p256)
+	with("unused bits", seq(seq(ecKey, curveP256), tlv(3, []byte{1}, point)), p.keys.p256)
 	rsaOf := func(n []byte, e ...byte) []byte { return seq(rsaKey, bits(seq(tlv(2, n), tlv(2, e)))) }
-	n := append([]byte{0}, c.keys.rsa2048.N.Bytes()...)
+	n := append([]byte{0}, p.keys.rsa2048.N.Bytes()...)
 	even := bytes.Clone(n)
 	even[len(even)-1] &^= 1
-	with("RSA with exponent 3", rsaOf(n, 3), c.keys.rsa2048)
-	with("RSA with exponent 1", rsaOf(n, 1), c.keys.rsa2048)
-	with("RSA with exponent 0", rsaOf(n, 0), c.keys.rsa2048)
-	with("RSA with an even exponent", rsaOf(n, 1, 0, 2), c.keys.rsa2048)
-	with("RSA with a negative exponent", rsaOf(n, 0xff), c.keys.rsa2048)
-	with("RSA with a huge exponent", rsaOf(n, bytes.Repeat([]byte{0x7f}, 64)...), c.keys.rsa2048)
-	with("RSA with an even modulus", rsaOf(even, 1, 0, 1), c.keys.rsa2048)
-	with("RSA with a negative modulus", rsaOf(n[1:], 1, 0, 1), c.keys.rsa2048)
-	with("RSA with modulus 0", rsaOf([]byte{0}, 1, 0, 1), c.keys.rsa2048)
-	with("RSA of 32768 bits", rsaOf(append([]byte{0x7f}, bytes.Repeat([]byte{0xff}, 4095)...), 1, 0, 1), c.keys.rsa2048)
-	with("RSA without parameters", seq(seq(oid(1, 2, 840, 113549, 1, 1, 1)), bits(seq(tlv(2, n), tlv(2, []byte{1, 0, 1})))), c.keys.rsa2048)
-	with("RSA for PSS only", seq(seq(oid(1, 2, 840, 113549, 1, 1, 10)), bits(seq(tlv(2, n), tlv(2, []byte{1, 0, 1})))), c.keys.rsa2048)
+	with("RSA with exponent 3", rsaOf(n, 3), p.keys.rsa2048)
+	with("RSA with exponent 1", rsaOf(n, 1), p.keys.rsa2048)
+	with("RSA with exponent 0", rsaOf(n, 0), p.keys.rsa2048)
+	with("RSA with an even exponent", rsaOf(n, 1, 0, 2), p.keys.rsa2048)
+	with("RSA with a negative exponent", rsaOf(n, 0xff), p.keys.rsa2048)
+	with("RSA with a huge exponent", rsaOf(n, bytes.Repeat([]byte{0x7f}, 64)...), p.keys.rsa2048)
+	with("RSA with an even modulus", rsaOf(even, 1, 0, 1), p.keys.rsa2048)
+	with("RSA with a negative modulus", rsaOf(n[1:], 1, 0, 1), p.keys.rsa2048)
+	with("RSA with modulus 0", rsaOf([]byte{0}, 1, 0, 1), p.keys.rsa2048)
+	with("RSA of 32768 bits", rsaOf(append([]byte{0x7f}, bytes.Repeat([]byte{0xff}, 4095)...), 1, 0, 1), p.keys.rsa2048)
+	with("RSA without parameters", seq(seq(oid(1, 2, 840, 113549, 1, 1, 1)), bits(seq(tlv(2, n), tlv(2, []byte{1, 0, 1})))), p.keys.rsa2048)
+	with("RSA for PSS only", seq(seq(oid(1, 2, 840, 113549, 1, 1, 10)), bits(seq(tlv(2, n), tlv(2, []byte{1, 0, 1})))), p.keys.rsa2048)
+	return out
+}
+
+// publicKeys: each of those in a certificate, and good ones without their key.
+func (c *corpus) publicKeys() {
+	for _, k := range publicKeysOf(c.pki) {
+		c.add(testCase{family: "public key", name: k.name, key: k.key, chain: [][]byte{c.issue(idWeb, func(e *cert) { e.spki = k.spki }), c.intermediate.der}})
+	}
 
 	// A certificate that was seen on the wire, without its key.
 	for _, id := range append(aims, idServer) {
