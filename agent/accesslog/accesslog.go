@@ -181,6 +181,11 @@ func tunnel(l *line, e *audit.Event) error {
 	r.Side, r.Transport = audit.Source, "mtls"
 	r.Source = audit.Party{ID: l.Client, Workload: conn[0], Address: conn[1]}
 	r.Destination = audit.Party{ID: l.Peer, Workload: l.Workload, Address: conn[2], Via: l.Endpoint}
+	if strings.Contains(l.Peer, ",") {
+		// The proxy made sure that the wanted identity is among the names, and
+		// several names are nobody's.
+		r.Destination.ID = l.Want
+	}
 	r.TLS = negotiated(l)
 	header := map[string]string{}
 	for _, h := range l.Responded.Headers {
