@@ -81,9 +81,9 @@ func startNode(t *testing.T, p *pki) *node {
 		TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), SVIDTTL: time.Hour,
 		Namespaces: map[string]mesh.Mode{"open": mesh.ModeObserve, "shop": mesh.ModeEnforce},
 		Workloads: []mesh.Workload{
-			n.workload(t, "open", "open", openAddr, "n1"),
-			n.workload(t, "shop", "remote", remoteAddr, "n2"),
-			n.workload(t, "shop", "server", shopAddr, "n1"),
+			n.workload(t, "open", "open", "open", openAddr, "n1"),
+			n.workload(t, "shop", "remote", "web", remoteAddr, "n2"),
+			n.workload(t, "shop", "server", "server", shopAddr, "n1"),
 		},
 	}}
 	n.set = n.resources(t)
@@ -98,14 +98,14 @@ func startNode(t *testing.T, p *pki) *node {
 	return n
 }
 
-func (n *node) workload(t *testing.T, namespace, account, addr, node string) mesh.Workload {
+func (n *node) workload(t *testing.T, namespace, name, account, addr, node string) mesh.Workload {
 	t.Helper()
-	pod, err := n.lab.AddPod(account, netip.MustParseAddr(addr))
+	pod, err := n.lab.AddPod(name, netip.MustParseAddr(addr))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return mesh.Workload{
-		Namespace: namespace, Name: account, ServiceAccount: account, Node: node,
+		Namespace: namespace, Name: name, ServiceAccount: account, Node: node,
 		ID:      spiffeid.RequireFromString("spiffe://" + trustDomain + "/ns/" + namespace + "/sa/" + account),
 		Capture: &mesh.Capture{NetNS: pod.NetNS, Addrs: []netip.Addr{pod.Addr}},
 	}
