@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"math/big"
+	"net/url"
 	"os"
 	"path/filepath"
 	"testing"
@@ -197,6 +198,9 @@ func TestOperatorsRootRefused(t *testing.T) {
 		{"other trust domain", func(c *x509.Certificate) {
 			c.URIs = append(c.URIs, spiffeid.RequireFromString("spiffe://other.example").URL())
 		}, "other.example"},
+		{"a path", func(c *x509.Certificate) {
+			c.URIs = []*url.URL{spiffeid.RequireFromString("spiffe://mesh.example/root").URL()}
+		}, "has a path"},
 		{"name constraints without the mesh", func(c *x509.Certificate) {
 			c.PermittedURIDomains, c.PermittedDNSDomainsCritical = []string{"other.example"}, true
 		}, "does not verify under the root"},

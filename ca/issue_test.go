@@ -422,6 +422,12 @@ func TestLint(t *testing.T) {
 		{"no key usage", func(c *x509.Certificate) { c.KeyUsage = 0 }, nil, "key usage"},
 		{"client only", func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[1:] }, nil, "extended key usage"},
 		{"any use", func(c *x509.Certificate) { c.ExtKeyUsage = append(c.ExtKeyUsage, x509.ExtKeyUsageAny) }, nil, "extended key usage"},
+		{"key usage not critical", func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: []int{2, 5, 29, 15}, Value: []byte{3, 2, 7, 0x80}}}
+		}, nil, "key usage: critical is false"},
+		{"name not critical", func(c *x509.Certificate) {
+			c.URIs, c.ExtraExtensions = nil, []pkix.Extension{{Id: oidSAN, Value: tlv(0x30, uri(corpusID.String()))}}
+		}, nil, "name: critical is false"},
 		{"unknown extension", func(c *x509.Certificate) {
 			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3}, Value: derNull}}
 		}, nil, "does not belong"},

@@ -60,7 +60,7 @@ var rules = map[string]rule{
 
 	"ca": {own: []string{"internal/wholefile"}, outside: []string{spiffe, unix}, banned: []string{"net/http", "os/exec"},
 		why: "the keys that everything hangs on stay with little code; it does not even know what a workload is"},
-	"ca/caserver": {own: []string{"ca", "internal/mesh", "internal/wholefile", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
+	"ca/caserver": {own: []string{"ca", "internal/mesh", "internal/x509check", "internal/wholefile", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
 		why: "decides for whom the authority signs, from the state alone; it has no part in proxies"},
 
 	"agent": {own: []string{"agent/...", "api/admin/v1", "api/node/v1", "authz", "internal/mesh", "internal/adminserver", "internal/proxy/instance", "internal/unixsocket", "internal/wholefile", "xds", "ca", "ca/caserver"},
@@ -87,18 +87,18 @@ var rules = map[string]rule{
 	"api/cni/v1": {why: "what the plugin and the agent say to each other; it knows neither"},
 	"agent/relay": {own: []string{"agent/svid", "api/node/v1", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"}, outside: []string{spiffe, envoy, grpc, protobuf},
 		why: "passes on what the control plane decided; it cannot decide, so it must not have authz"},
-	"agent/svid": {own: []string{"api/admin/v1", "api/node/v1", "internal/jwtcheck", "internal/mesh"}, outside: []string{spiffe, grpc, unix, "golang.org/x/sync/...", "golang.org/x/time/rate"}, banned: []string{"net/http", "os/exec"},
+	"agent/svid": {own: []string{"api/admin/v1", "api/node/v1", "internal/jwtcheck", "internal/mesh", "internal/x509check"}, outside: []string{spiffe, grpc, unix, "golang.org/x/sync/...", "golang.org/x/time/rate"}, banned: []string{"net/http", "os/exec"},
 		why: "private keys live here; nothing that talks to the network's other side is near them"},
 	"agent/workloadapi": {own: []string{"agent/attest", "agent/svid", "internal/jwtcheck", "internal/mesh"}, outside: []string{spiffe, grpc, protobuf, unix, "golang.org/x/time/rate"},
 		why: "any process on the machine can call it, so it holds little: attest says who, svid has what"},
 
 	"internal/adminclient": {own: []string{"agent/audit", "api/admin/v1"},
 		why: "asks a running mesh; it must not be able to answer for it"},
-	"internal/adminserver": {own: []string{"api/admin/v1"}, outside: []string{spiffe, "golang.org/x/net/netutil"},
+	"internal/adminserver": {own: []string{"api/admin/v1", "internal/x509check"}, outside: []string{spiffe, "golang.org/x/net/netutil"},
 		why: "the manners of both admin sockets, without what they answer"},
 	"internal/cniconf": {outside: []string{unix, "github.com/containernetworking/cni/...", "github.com/fsnotify/fsnotify"}, banned: []string{"net/http", "os/exec"},
 		why: "puts a plugin into a node's CNI configuration, and takes it away; what the plugin does is not its business"},
-	"internal/fanout": {own: []string{"agent/audit", "api/admin/v1", "internal/adminclient", "internal/adminserver", "internal/mesh"}, outside: []string{spiffe, "golang.org/x/sync/..."},
+	"internal/fanout": {own: []string{"agent/audit", "api/admin/v1", "internal/adminclient", "internal/adminserver", "internal/mesh", "internal/x509check"}, outside: []string{spiffe, "golang.org/x/sync/..."},
 		why: "asks agents and merges what they say; it decides nothing"},
 	"internal/incluster": {why: "small, for programs on every node: the standard library only"},
 	"internal/jwtcheck": {outside: []string{spiffe}, banned: []string{"net", "net/http", "os", "os/exec"},
@@ -124,6 +124,8 @@ var rules = map[string]rule{
 	"internal/unixsocket": {outside: []string{unix},
 		why: "opens sockets, whoever serves on them"},
 	"internal/wholefile": {why: "replaces files, whatever is in them"},
+	"internal/x509check": {outside: []string{spiffe}, banned: []string{"net", "net/http", "os", "os/exec"},
+		why: "judges what strangers present; it needs the roots it is given, and the clock"},
 }
 
 // free packages are programs and tests, which may import anything.

@@ -158,9 +158,10 @@ func (b *builder) principals(patterns []authz.Pattern) []*configrbacv3.Principal
 }
 
 // serviceAccounts reports whether a prefix ends in /ns/<namespace>/sa/. The
-// authority issues no identity with further segments behind that, so there a
-// comparison up to the last slash is the same as one of segments. Elsewhere it
-// would admit deeper identities than the pattern does.
+// authority issues no identity with further segments behind that, and the proxy
+// takes none (see validation), so there a comparison up to the last slash is the
+// same as one of segments. Elsewhere it would admit deeper identities than the
+// pattern does.
 func serviceAccounts(prefix string) bool {
 	rest, ok := strings.CutPrefix(prefix, "spiffe://")
 	if !ok {

@@ -3,6 +3,7 @@ package xds
 import (
 	"fmt"
 	"math"
+	"regexp"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -15,6 +16,7 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -154,22 +156,38 @@ func tlsParams() *tlsv3.TlsParameters {
 	}
 }
 
-// validation accepts peers of the trust domain whose chain ends in its bundle.
-// Which of them may do what is decided elsewhere.
+// validation accepts workloads of the trust domain whose chain ends in its
+// bundle. Which of them may do what is decided elsewhere, by comparing names, so
+// a name must be a SPIFFE ID in its one spelling: no other program may read it as
+// another's, and none is deeper than a service account's.
 func (b *builder) validation() *tlsv3.CommonTlsContext_CombinedValidationContext {
 	return &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext: &tlsv3.CertificateValidationContext{
 				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
 					SanType: tlsv3.SubjectAltNameMatcher_URI,
-					Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Prefix{
-						Prefix: b.view.State.TrustDomain.IDString() + "/",
+					Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{
+						SafeRegex: &matcherv3.RegexMatcher{Regex: idPattern(b.view.State.TrustDomain)},
 					}},
 				}},
+				MaxVerifyDepth: u32(maxAuthorities),
 			},
 			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: BundleSecret, SdsConfig: ads()},
 		},
 	}
+}
+
+// maxAuthorities is how many authorities may stand between a peer and the root:
+// as many as the project's own programs read.
+const maxAuthorities = 7
+
+// idPattern matches the whole of a workload's SPIFFE ID in a trust domain, and
+// nothing else: /ns/<namespace>/sa/<service account>, with letters, digits, dots,
+// dashes and underscores in segments that are not of one or two dots only. Nodes
+// and the control plane open no tunnels.
+func idPattern(td spiffeid.TrustDomain) string {
+	const segment = `([A-Za-z0-9_-][A-Za-z0-9._-]*|\.[A-Za-z0-9_-][A-Za-z0-9._-]*|\.\.[A-Za-z0-9._-]+)`
+	return regexp.QuoteMeta(td.IDString()) + `/ns/` + segment + `/sa/` + segment
 }
 
 // insideNamespace makes a cluster's sockets inside the network namespace that

@@ -181,6 +181,11 @@ func tunnel(l *line, e *audit.Event) error {
 	r.Side, r.Transport = audit.Source, "mtls"
 	r.Source = audit.Party{ID: l.Client, Workload: conn[0], Address: conn[1]}
 	r.Destination = audit.Party{ID: l.Peer, Workload: l.Workload, Address: conn[2], Via: l.Endpoint}
+	if strings.Contains(l.Peer, ",") {
+		// The proxy made sure that the wanted identity is among the names, and
+		// several names are nobody's.
+		r.Destination.ID = l.Want
+	}
 	r.TLS = negotiated(l)
 	header := map[string]string{}
 	for _, h := range l.Responded.Headers {
@@ -284,9 +289,14 @@ func handshake(l *line, e *audit.Event) {
 		r.ID = fmt.Sprintf("handshake-%s-%s", l.Src, l.Start)
 	}
 	r.Side, r.Transport = audit.Destination, "mtls"
-	r.Source = audit.Party{ID: l.Peer, Address: l.Src}
+	// What the caller's certificate names is no identity: anybody can make one
+	// that names anybody. It is told, and the record is nobody's.
+	r.Source = audit.Party{Address: l.Src}
 	r.Destination = audit.Party{Workload: l.Workload, Address: l.Dst}
 	r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: "+l.Failure
+	if l.Peer != "" {
+		r.Reason += fmt.Sprintf("; its certificate names %.256q", l.Peer)
+	}
 	switch {
 	case strings.Contains(l.Failure, "_ALERT_CERTIFICATE_UNKNOWN"):
 		// The alert is the caller's, for whom this certificate is not that of

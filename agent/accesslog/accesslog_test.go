@@ -47,18 +47,20 @@ func TestDecode(t *testing.T) {
 		ended      string
 	}
 	rows := map[string]*want{
-		"in-allowed-open":              {false, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 0, 0, ""},
-		"in-allowed-end":               {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 100, 50, ""},
-		"in-denied":                    {true, audit.Destination, audit.Denied, "mtls", other, server, "", defaultDeny, 0, 0, ""},
-		"in-closed-port":               {true, audit.Destination, audit.Failed, "mtls", client, server, "", "Connection_refused", 0, 0, "UF"},
-		"in-client-reset":              {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 37, 5, "DR"},
-		"in-ended-at-the-server":       {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 3296, 3264, "UC"},
-		"in-observed-allowed-open":     {false, audit.Destination, audit.Allowed, "mtls", client, bench, "lab/some", "lab/some", 0, 0, ""},
-		"in-observed-allowed-end":      {true, audit.Destination, audit.Allowed, "mtls", client, bench, "lab/some", "lab/some", 100, 50, ""},
-		"in-observed-denied-open":      {false, audit.Destination, audit.Observed, "mtls", other, bench, "", "default deny: 1 policy protects lab/bench", 0, 0, ""},
-		"in-observed-denied-end":       {true, audit.Destination, audit.Observed, "mtls", other, bench, "", "default deny: 1 policy protects lab/bench", 100, 50, ""},
-		"tunnel-allowed-open":          {false, audit.Source, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 0, 0, ""},
-		"tunnel-allowed-end":           {true, audit.Source, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 100, 50, ""},
+		"in-allowed-open":          {false, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 0, 0, ""},
+		"in-allowed-end":           {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 100, 50, ""},
+		"in-denied":                {true, audit.Destination, audit.Denied, "mtls", other, server, "", defaultDeny, 0, 0, ""},
+		"in-closed-port":           {true, audit.Destination, audit.Failed, "mtls", client, server, "", "Connection_refused", 0, 0, "UF"},
+		"in-client-reset":          {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 37, 5, "DR"},
+		"in-ended-at-the-server":   {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 3296, 3264, "UC"},
+		"in-observed-allowed-open": {false, audit.Destination, audit.Allowed, "mtls", client, bench, "lab/some", "lab/some", 0, 0, ""},
+		"in-observed-allowed-end":  {true, audit.Destination, audit.Allowed, "mtls", client, bench, "lab/some", "lab/some", 100, 50, ""},
+		"in-observed-denied-open":  {false, audit.Destination, audit.Observed, "mtls", other, bench, "", "default deny: 1 policy protects lab/bench", 0, 0, ""},
+		"in-observed-denied-end":   {true, audit.Destination, audit.Observed, "mtls", other, bench, "", "default deny: 1 policy protects lab/bench", 100, 50, ""},
+		"tunnel-allowed-open":      {false, audit.Source, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 0, 0, ""},
+		"tunnel-allowed-end":       {true, audit.Source, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 100, 50, ""},
+		// Several names are nobody's: only the wanted one was looked for.
+		"tunnel-several-names":         {true, audit.Source, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 100, 50, ""},
 		"tunnel-denied":                {true, audit.Source, audit.Denied, "mtls", other, server, "", defaultDeny, 0, 0, ""},
 		"tunnel-closed-port":           {true, audit.Source, audit.Failed, "mtls", client, "", "", "could not be reached: tunnel_response:503", 0, 0, "UF,URX"},
 		"tunnel-unreachable":           {true, audit.Source, audit.Failed, "mtls", client, "", "", "No_route_to_host", 0, 0, "UF,URX"},
@@ -72,7 +74,10 @@ func TestDecode(t *testing.T) {
 		"plain-observe":                 {true, audit.Destination, audit.Observed, "plaintext", "", "", "", "plaintext: the caller proved no identity", 100, 50, ""},
 		"handshake-of-a-tunnel":         {}, // its streams are the records
 		"handshake-without-certificate": {true, audit.Destination, audit.Denied, "mtls", "", "", "", "peer_did_not_provide_required_client_certificate", 0, 0, ""},
-		"handshake-broken":              {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
+		// Anybody can write a name into a certificate that nobody trusts: without
+		// this, a stranger could fill the audit with refusals of somebody else.
+		"handshake-of-a-forger": {true, audit.Destination, audit.Denied, "mtls", "", "", "", `its certificate names "spiffe://mesh.test/ns/shop/sa/client"`, 0, 0, ""},
+		"handshake-broken":      {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
 		// A caller that wanted somebody else at this address has not been refused.
 		"handshake-ended-by-caller": {true, audit.Destination, audit.Failed, "mtls", "", "", "", "the caller did not want this destination", 0, 0, ""},
 		"handshake-no-tls":          {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},

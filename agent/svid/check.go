@@ -5,16 +5,13 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-)
 
-// maxChain bounds the chains that are looked at.
-const maxChain = 8
+	"github.com/signet-mesh/signet/internal/x509check"
+)
 
 // check decides whether a chain may be presented as id with the key of pub,
 // and returns its leaf. What an issuer returns is believed only after this.
@@ -22,8 +19,8 @@ func check(id spiffeid.ID, pub crypto.PublicKey, chain [][]byte, roots []*x509.C
 	switch {
 	case len(chain) == 0:
 		return nil, errors.New("the chain is empty")
-	case len(chain) > maxChain:
-		return nil, fmt.Errorf("the chain has %d certificates; at most %d are read", len(chain), maxChain)
+	case len(chain) > x509check.MaxChain:
+		return nil, fmt.Errorf("the chain has %d certificates; at most %d are read", len(chain), x509check.MaxChain)
 	case len(roots) == 0:
 		return nil, errors.New("the trust bundle is empty, so no certificate can be checked")
 	}
@@ -42,9 +39,10 @@ func check(id spiffeid.ID, pub crypto.PublicKey, chain [][]byte, roots []*x509.C
 	if late := leaf.NotBefore.Sub(now); late > 0 {
 		return nil, fmt.Errorf("the certificate is not valid yet: this node's clock is %s or more behind the control plane's; set it right", late.Round(time.Minute))
 	}
-	// Verify refuses more or fewer than one URI SAN, CA flags and CA key
-	// usages, an expired or early certificate, and a chain to other roots.
-	got, _, err := x509svid.Verify(certs, x509bundle.FromX509Authorities(id.TrustDomain(), roots), x509svid.WithTime(now))
+	// Verify refuses whatever is no X509-SVID: more or fewer than one URI SAN, CA
+	// flags and CA key usages, an expired or early certificate, a chain to other
+	// roots, weak keys and wrong usages.
+	got, err := x509check.Verify(certs, x509bundle.FromX509Authorities(id.TrustDomain(), roots), now)
 	switch {
 	case err != nil && got != id && !got.IsZero():
 		return nil, fmt.Errorf("the certificate names %s, asked for was %s", got, id)
@@ -54,17 +52,6 @@ func check(id spiffeid.ID, pub crypto.PublicKey, chain [][]byte, roots []*x509.C
 		return nil, fmt.Errorf("the certificate names %s, asked for was %s", got, id)
 	case len(leaf.DNSNames)+len(leaf.IPAddresses)+len(leaf.EmailAddresses) > 0:
 		return nil, errors.New("the certificate has other names beside the SPIFFE ID")
-	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
-		return nil, errors.New("the certificate lacks the key usage digitalSignature")
-	case !serverAndClient(leaf):
-		return nil, errors.New("the certificate's extended key usage must hold both serverAuth and clientAuth")
 	}
 	return leaf, nil
-}
-
-func serverAndClient(c *x509.Certificate) bool {
-	if len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 {
-		return true
-	}
-	return slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth) && slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
 }

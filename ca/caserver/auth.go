@@ -19,6 +19,7 @@ import (
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/x509check"
 )
 
 type nodeKey struct{}
@@ -158,7 +159,7 @@ func (s *Server) caller(ctx context.Context, call string) (spiffeid.ID, *x509.Ce
 	if len(certs) == 0 {
 		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
 	}
-	id, _, err := x509svid.Verify(certs, s.authority, x509svid.WithTime(s.now()))
+	id, err := x509check.Verify(certs, s.authority, s.now())
 	if err != nil {
 		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
 	}

@@ -9,9 +9,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/x509check"
 )
 
 // TLSConfig returns the server's side of TLS: version 1.3 only, the control
@@ -29,7 +29,7 @@ func (s *Server) TLSConfig() *tls.Config {
 			if len(state.PeerCertificates) == 0 {
 				return nil
 			}
-			_, _, err := x509svid.Verify(state.PeerCertificates, s.authority, x509svid.WithTime(s.now()))
+			_, err := x509check.Verify(state.PeerCertificates, s.authority, s.now())
 			if err != nil {
 				if leaf := state.PeerCertificates[0]; s.now().Before(leaf.NotBefore) {
 					err = fmt.Errorf("%w; this machine's clock is behind, or was ahead when it issued the certificate: set it right", err)
@@ -86,7 +86,7 @@ func ClientTLS(cfg ClientConfig) (*tls.Config, error) {
 }
 
 func verifyControl(certs []*x509.Certificate, bundle x509bundle.Source, want spiffeid.ID, now time.Time) error {
-	id, _, err := x509svid.Verify(certs, bundle, x509svid.WithTime(now))
+	id, err := x509check.Verify(certs, bundle, now)
 	if err != nil {
 		if len(certs) > 0 && now.Before(certs[0].NotBefore) {
 			return fmt.Errorf("control plane's certificate: %w; this node's clock may be behind, set it right", err)

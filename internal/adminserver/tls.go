@@ -13,8 +13,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/net/netutil"
+
+	"github.com/signet-mesh/signet/internal/x509check"
 )
 
 // TLS says who serves and who may ask.
@@ -55,7 +56,7 @@ func (t *TLS) verify(certs []*x509.Certificate) error {
 	if t.Now != nil {
 		now = t.Now
 	}
-	id, _, err := x509svid.Verify(certs, t.Bundle, x509svid.WithTime(now()))
+	id, err := x509check.Verify(certs, t.Bundle, now())
 	if err != nil {
 		return fmt.Errorf("the client's certificate: %w", err)
 	}

@@ -8,7 +8,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/signet-mesh/signet/internal/x509check"
 )
 
 // Identity is what the control plane shows and trusts when it asks a node.
@@ -47,7 +48,7 @@ func NodeTLS(id Identity) (func(node string) (*tls.Config, error), error) {
 			// Go's own check is for DNS names; VerifyConnection replaces it.
 			InsecureSkipVerify: true,
 			VerifyConnection: func(s tls.ConnectionState) error {
-				got, _, err := x509svid.Verify(s.PeerCertificates, id.Bundle, x509svid.WithTime(now()))
+				got, err := x509check.Verify(s.PeerCertificates, id.Bundle, now())
 				if err != nil {
 					return fmt.Errorf("the node's certificate: %w", err)
 				}
