@@ -36,12 +36,12 @@ func TestJWT(t *testing.T) {
 		for i, of := range f.languages {
 			token := tokens[of]
 			if got := p.ask(t, token, ledger); got.Agent != of.id() || got.Local != of.id() {
-				t.Errorf("a token of %s: %+v", of.name, got)
+				t.Errorf("a token of %s: the agent %q %s; the library %q %s", of.name, got.Agent, got.AgentError, got.Local, got.LocalError)
 			}
 			refused := func(what string, got line) {
 				t.Helper()
 				if got.Agent != "" || got.Local != "" || !invalid.MatchString(got.AgentError) || got.LocalError == "" {
-					t.Errorf("a token of %s %s: %+v", of.name, what, got)
+					t.Errorf("a token of %s %s: the agent %q %s; the library %q %s", of.name, what, got.Agent, got.AgentError, got.Local, got.LocalError)
 				}
 			}
 			refused("for another", p.ask(t, token, bank))

@@ -4,9 +4,13 @@
 package clients
 
 import (
+	"syscall"
 	"testing"
 
 	"github.com/signet-mesh/signet/test/harness"
 )
 
-func TestMain(m *testing.M) { harness.Main(m) }
+func TestMain(m *testing.M) {
+	syscall.Umask(0o022) // other users run what is made here
+	harness.Main(m)
+}

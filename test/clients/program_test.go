@@ -90,9 +90,8 @@ const (
 	nobodyID  = "spiffe://mesh.test/ns/shop/sa/nobody"
 )
 
-// installed mounts what `make clients` made, and the Python program, below
-// /run, which is the tests' own: to them every user has a way, whoever owns the
-// folders above this one.
+// installed mounts what `make clients` made below /run, which is the tests' own:
+// to that every user has a way, whoever owns the folders above this one.
 var installed = sync.OnceValues(func() (string, error) {
 	const at = "/run/clients"
 	from := cmp.Or(os.Getenv("SIGNET_CLIENTS"), filepath.Join("..", "..", ".tools", "clients"))
@@ -101,16 +100,14 @@ var installed = sync.OnceValues(func() (string, error) {
 			return "", fmt.Errorf("%w: run `make clients`, or set SIGNET_CLIENTS", err)
 		}
 	}
-	for dir, from := range map[string]string{at: from, at + "-python": "python"} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return "", err
-		}
-		if err := unix.Mount(from, dir, "", unix.MS_BIND, ""); err != nil {
-			return "", fmt.Errorf("mount %s at %s: %w", from, dir, err)
-		}
-		if err := unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
-			return "", fmt.Errorf("mount %s read-only: %w", dir, err)
-		}
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return "", err
+	}
+	if err := unix.Mount(from, at, "", unix.MS_BIND, ""); err != nil {
+		return "", fmt.Errorf("mount %s at %s: %w", from, at, err)
+	}
+	if err := unix.Mount("", at, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		return "", fmt.Errorf("mount %s read-only: %w", at, err)
 	}
 	return at, nil
 })
@@ -140,6 +137,14 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", goclient, "./goclient").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	script, err := os.ReadFile("python/client.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := filepath.Join(dir, "client.py")
+	if err := os.WriteFile(client, script, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	java, err := exec.LookPath("java")
 	if err != nil {
 		t.Fatal(err)
@@ -148,7 +153,7 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 		{name: "go", argv: []string{goclient}},
 		// Started as fast as a JVM starts.
 		{name: "java", argv: []string{java, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx256m", "-jar", at + "/java/client.jar"}},
-		{name: "python", argv: []string{at + "/python/venv/bin/python", "-B", at + "-python/client.py"}},
+		{name: "python", argv: []string{at + "/python/venv/bin/python", client}},
 		{name: "rust", argv: []string{at + "/rust/client"}},
 	}}
 	docs := harness.Config(ttl.String()) + harness.Namespace("shop", "enforce")
@@ -189,14 +194,15 @@ type program struct {
 // the test.
 func (f *fixture) run(t *testing.T, l *language, uid uint32, args ...string) *program {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 80*time.Second)
+	// Not the test's context, which ends before the program's input does.
+	ctx, cancel := context.WithTimeout(context.Background(), 80*time.Second)
 	argv := slices.Concat(l.argv, args)
 	c := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	c.Dir = "/"
-	c.Env = append([]string{
+	c.Env = []string{
 		"PATH=/usr/bin:/bin", "LANG=C.UTF-8",
 		"SPIFFE_ENDPOINT_SOCKET=unix://" + filepath.Join(f.mesh.RunDir, "api", "agent.sock"),
-	}, l.env...)
+	}
 	uid = cmp.Or(uid, l.uid)
 	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	p := &program{what: l.name + " " + args[0], lines: make(chan line, 256), done: make(chan struct{}), also: &stderr{}}
@@ -240,7 +246,7 @@ func (f *fixture) run(t *testing.T, l *language, uid uint32, args ...string) *pr
 			t.Errorf("%s does not end with its input", p.what)
 		}
 		cancel()
-		for range p.lines { // so that its reader is not stuck
+		for range p.lines { // so that what reads it is not stuck
 		}
 		<-p.done
 		if also := p.also.String(); t.Failed() && also != "" {

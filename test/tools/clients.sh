@@ -6,6 +6,7 @@
 # two cores.
 set -euo pipefail
 
+umask 022 # other users run what is made here
 sources=test/clients
 dir=$PWD/.tools/clients
 mkdir -p "$dir"
@@ -73,10 +74,12 @@ install_rust() {
   cargo build --quiet --locked --manifest-path "$sources/rust/Cargo.toml" --target-dir "$dir/rust/target"
   # Not a link: the path of a program attests it.
   install -m 0755 "$dir/rust/target/debug/signet-test-client" "$dir/rust/client"
+  rm -rf "$dir/rust/target" # half a gigabyte, and the sources change seldom
 }
 
 install_java() {
-  mvn --quiet --batch-mode --no-transfer-progress -f "$sources/java/pom.xml" "-Dout=$dir/java" package
+  mvn --quiet --batch-mode --no-transfer-progress -f "$sources/java/pom.xml" "-Dout=$dir/java" package 2>&1 |
+    sed 's/\x1b\[[0-9;]*m//g'
 }
 
 # first PROGRAM ARGS...: the first version number in what a program says.
