@@ -79,7 +79,6 @@ type language struct {
 	uid  uint32
 	argv []string
 	exe  string // what attests it: the program itself, or its interpreter
-	env  []string
 }
 
 func (l *language) id() string { return "spiffe://mesh.test/ns/shop/sa/" + l.name }
@@ -156,20 +155,21 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 		{name: "python", argv: []string{at + "/python/venv/bin/python", client}},
 		{name: "rust", argv: []string{at + "/rust/client"}},
 	}}
-	docs := harness.Config(ttl.String()) + harness.Namespace("shop", "enforce")
+	var docs strings.Builder
+	docs.WriteString(harness.Config(ttl.String()) + harness.Namespace("shop", "enforce"))
 	for i, l := range f.languages {
 		l.uid = uint32(firstUID + i)
 		if l.exe, err = filepath.EvalSymlinks(l.argv[0]); err != nil {
 			t.Fatal(err)
 		}
-		docs += fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+		fmt.Fprintf(&docs, `apiVersion: signet.dev/v1alpha1
 kind: WorkloadEntry
 metadata: {name: %[1]s, namespace: shop}
 spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
 ---
 `, l.name, l.uid, l.exe)
 	}
-	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs}})
+	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs.String()}})
 	return f
 }
 
