@@ -28,6 +28,7 @@ HELM := $(GO) tool -modfile=test/tools/helm/go.mod helm
 PROTOS := $(shell find api -name '*.proto')
 ENVOY := $(CURDIR)/.tools/envoy/bin/envoy
 KUBE_BIN := $(CURDIR)/.tools/kubernetes/bin
+CLIENTS := $(CURDIR)/.tools/clients
 
 .PHONY: help
 help: ## List what there is to do
@@ -48,6 +49,10 @@ tools: ## Get Envoy into .tools/
 kube-tools: ## Build the programs of a Kubernetes cluster into .tools/ (ten minutes, once)
 	@test/tools/kubernetes.sh
 
+.PHONY: clients
+clients: deps-debian ## Build the programs of test/clients into .tools/ (three minutes, once)
+	@test/tools/clients.sh
+
 .PHONY: deps-debian
 deps-debian: ## Install the Debian packages that tests need, if any is missing
 	@test/tools/debian.sh
@@ -63,11 +68,11 @@ root:
 	@if [ "$$(id -u)" -ne 0 ]; then echo "The tests need root: they make network namespaces." >&2; exit 1; fi
 
 .PHONY: test
-test: root deps-debian tools kube-tools build ## Run every test, with the race detector
+test: root deps-debian tools kube-tools clients build ## Run every test, with the race detector
 	@echo "test: go vet"
 	@$(GO) vet ./...
 	@echo "test: go test -race"
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) $(ALONE)
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_CLIENTS="$(CLIENTS)" $(GO) test -race -count=1 -timeout=40m $(TESTFLAGS) $(ALONE)
 	@$(MAKE) --no-print-directory test-cluster
 
 # The tests of a whole cluster run by themselves: what is measured in seconds
@@ -102,12 +107,12 @@ cluster-down: root ## Remove the cluster of make cluster; nothing of it stays
 	@$(GO) run ./test/cluster/clusterctl down
 
 .PHONY: test-short
-test-short: root tools kube-tools ## Run the tests that take seconds, without the race detector
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" $(GO) test -short -timeout=10m $(TESTFLAGS) $(ALONE)
+test-short: root tools kube-tools clients ## Run the tests that take seconds, without the race detector
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_CLIENTS="$(CLIENTS)" $(GO) test -short -timeout=10m $(TESTFLAGS) $(ALONE)
 
 .PHONY: test-long
-test-long: root deps-debian tools kube-tools build ## Run every test at its full length
-	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_TEST_LONG=1 $(GO) test -race -count=1 -timeout=80m $(TESTFLAGS) $(ALONE)
+test-long: root deps-debian tools kube-tools clients build ## Run every test at its full length
+	@SIGNET_ENVOY="$(ENVOY)" SIGNET_KUBE_BIN="$(KUBE_BIN)" SIGNET_CLIENTS="$(CLIENTS)" SIGNET_TEST_LONG=1 $(GO) test -race -count=1 -timeout=80m $(TESTFLAGS) $(ALONE)
 	@SIGNET_TEST_LONG=1 $(MAKE) --no-print-directory test-cluster
 
 .PHONY: check

@@ -24,6 +24,16 @@ need ssh openssh-client
 need curl curl
 need tcpdump tcpdump
 need /usr/lib/cni/bridge containernetworking-plugins
+# test/clients, in Python, Java and Rust.
+/usr/bin/python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
+need javac default-jdk-headless
+need mvn maven
+# Of Rust, Debian has several; which of them is new enough is looked up below.
+rust=1.88
+cargo=$(cargo --version 2>/dev/null | cut -d ' ' -f 2 || true)
+if [[ -z $cargo || $(printf '%s\n' "$rust" "$cargo" | sort -V | head -n 1) != "$rust" ]]; then
+  packages+=(cargo-web)
+fi
 
 if [[ ${#packages[@]} -eq 0 ]]; then
   exit 0
@@ -47,4 +57,14 @@ if [[ ! -e $policy ]]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
+# candidate PACKAGE: the version that would be installed.
+candidate() { apt-cache policy "$1" | awk '$1 == "Candidate:" { print $2 }'; }
+if [[ " ${packages[*]} " == *" cargo-web "* ]]; then
+  if dpkg --compare-versions "$(candidate cargo)" ge "$rust"; then
+    packages=("${packages[@]/#cargo-web/cargo}")
+  elif ! dpkg --compare-versions "$(candidate cargo-web)" ge "$rust"; then
+    echo "debian: the tests need Rust $rust or newer, which this distribution does not have; install it, and have cargo in PATH" >&2
+    exit 1
+  fi
+fi
 apt-get install -q -y --no-install-recommends "${packages[@]}"
