@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,7 +28,6 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 
 	"github.com/signet-mesh/signet/agent/accesslog"
@@ -59,9 +59,7 @@ type node struct {
 	lab  *lab.Lab
 	view *mesh.View
 	log  string // the audit lines
-
-	mu  sync.Mutex
-	set xds.Set // guarded by mu
+	set  xds.Set
 }
 
 func startNode(t *testing.T, p *pki) *node {
@@ -317,15 +315,14 @@ func through(ctx context.Context, conn *tls.Conn, authority string) error {
 	}
 	// In TLS 1.3 the client is done before the server has looked at its
 	// certificate. A read tells.
-	h2, err := new(http2.Transport).NewClientConn(conn)
-	if err != nil {
-		return err
-	}
-	defer h2.Close()
+	h2 := &http.Transport{ForceAttemptHTTP2: true, DialTLSContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}
+	defer h2.CloseIdleConnections()
 	r, w := io.Pipe()
 	defer w.Close()
-	req := (&http.Request{Method: http.MethodConnect, URL: nil, Host: authority, Header: http.Header{}, Body: r}).WithContext(ctx)
-	req.URL = mustURL("https://" + authority)
+	req := (&http.Request{
+		Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: authority}, Host: authority,
+		Header: http.Header{}, Body: r, ContentLength: -1,
+	}).WithContext(ctx)
 	resp, err := h2.RoundTrip(req)
 	if err != nil {
 		return err

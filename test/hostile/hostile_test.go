@@ -7,7 +7,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"net"
-	"net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -19,7 +18,6 @@ import (
 	"github.com/signet-mesh/signet/authz"
 )
 
-func mustURL(s string) *url.URL          { return must(url.Parse(s)) }
 func pkcs8(key *ecdsa.PrivateKey) []byte { return must(x509.MarshalPKCS8PrivateKey(key)) }
 
 // workers is how many tunnels are opened at a time.
@@ -60,9 +58,9 @@ func streams(lines []audit.Record) (out []audit.Record) {
 func proxyVerdict(t *testing.T, c *testCase, tun tunnel, lines []audit.Record) verdict {
 	t.Helper()
 	if tun.err != nil {
-		why := tun.err.Error()
+		why := []string{tun.err.Error()}
 		for _, r := range lines {
-			why += "; audit: " + r.Reason
+			why = append(why, "audit: "+r.Reason)
 			if r.Verdict == audit.Allowed || r.Verdict == audit.Observed {
 				t.Errorf("%s: no byte came through, and the audit says %s", c, r.Verdict)
 			}
@@ -70,7 +68,7 @@ func proxyVerdict(t *testing.T, c *testCase, tun tunnel, lines []audit.Record) v
 				t.Errorf("%s: refused, and the audit says that %q called", c, r.Source.ID)
 			}
 		}
-		return verdict{why: why}
+		return verdict{why: strings.Join(why, "; ")}
 	}
 	lines = streams(lines)
 	if len(lines) != 1 || lines[0].Source.ID == "" {
