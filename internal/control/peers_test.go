@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,15 +28,15 @@ import (
 // of several the one that it came to last.
 func TestMerged(t *testing.T) {
 	at := func(n int) time.Time { return time.Unix(int64(n), 0) }
-	got := ""
+	var got []string
 	for _, r := range merged([][]caserver.NodeReport{
 		{{Node: "b", Connected: true, Since: at(1), Revision: "own"}, {Node: "a", Since: at(9), Revision: "own"}, {Node: "d", Since: at(2), Revision: "own"}},
 		{{Node: "a", Connected: true, Since: at(3), Revision: "other"}, {Node: "c", Since: at(1), Revision: "other"}},
 		{{Node: "b", Connected: true, Since: at(2), Revision: "third"}, {Node: "d", Since: at(5), Revision: "third"}},
 	}) {
-		got += r.Node + "=" + r.Revision + " "
+		got = append(got, r.Node+"="+r.Revision)
 	}
-	if want := "a=other b=third c=other d=third "; got != want {
+	if want := []string{"a=other", "b=third", "c=other", "d=third"}; !slices.Equal(got, want) {
 		t.Errorf("%s; want %s", got, want)
 	}
 }

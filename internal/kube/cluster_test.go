@@ -299,7 +299,7 @@ func testWatch(t *testing.T, c, as *Client) {
 				return err
 			}
 		}
-		return fmt.Errorf("no event of the node's clock: %v, %v", events.Items, err)
+		return errors.Join(fmt.Errorf("no event of the node's clock: %v", events.Items), err)
 	})
 	eventually(t, 5*time.Second, func() error {
 		m, err := c.Core.CoreV1().ConfigMaps(release).Get(ctx, bundleConfigMap, metav1.GetOptions{})
