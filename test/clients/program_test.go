@@ -68,7 +68,7 @@ func (l line) leaf(t *testing.T) *x509.Certificate {
 	t.Helper()
 	c, err := x509.ParseCertificate(l.Leaf)
 	if err != nil {
-		t.Fatalf("%v in %+v", err, l)
+		t.Fatalf("no certificate (%v), but: %s", err, l.Error)
 	}
 	return c
 }
