@@ -126,7 +126,7 @@ func (a *agent) queryAudit(w http.ResponseWriter, r *http.Request) {
 
 func auditFilter(r *http.Request) (audit.Filter, error) {
 	q := r.URL.Query()
-	f := audit.Filter{From: q.Get("from"), To: q.Get("to"), Side: audit.Side(q.Get("side")), ID: q.Get("id")}
+	f := audit.Filter{From: q.Get("from"), To: q.Get("to"), Side: audit.Side(q.Get("side")), ID: q.Get("id"), Serial: q.Get("serial")}
 	for name, at := range map[string]*time.Time{"since": &f.Since, "until": &f.Until} {
 		if s := q.Get(name); s != "" {
 			t, err := time.Parse(time.RFC3339Nano, s)

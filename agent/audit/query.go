@@ -32,6 +32,10 @@ type Filter struct {
 	Open *bool
 	// ID selects the connection with this Record.ID.
 	ID string
+	// Serial selects the connections that one end proved itself in with this
+	// certificate: its serial number in hexadecimal of either case, with or
+	// without colons and leading zeros.
+	Serial string
 	// Limit selects the newest so many; 0 is no limit.
 	Limit int
 }
@@ -54,10 +58,28 @@ func (f Filter) check() error {
 	default:
 		return fmt.Errorf("audit: filter: side is %q; use source or destination", f.Side)
 	}
+	if strings.Trim(normalSerial(f.Serial), "0123456789abcdef") != "" {
+		return fmt.Errorf("audit: filter: serial is %q; use hexadecimal digits", f.Serial)
+	}
 	if f.Limit < 0 {
 		return fmt.Errorf("audit: filter: limit is %d; use 0 for no limit, or a positive number", f.Limit)
 	}
 	return nil
+}
+
+func normalSerial(s string) string {
+	return strings.TrimLeft(strings.ToLower(strings.ReplaceAll(s, ":", "")), "0")
+}
+
+// matchSerial reports whether one of the ends showed the certificate.
+func matchSerial(serial string, r *Record) bool {
+	want := normalSerial(serial)
+	for _, p := range []Party{r.Source, r.Destination} {
+		if p.Serial != "" && normalSerial(p.Serial) == want {
+			return true
+		}
+	}
+	return false
 }
 
 func checkPartyFilter(v string) error {
@@ -100,6 +122,7 @@ func matchParty(v string, p Party) bool {
 func (f Filter) match(r *Record) bool {
 	switch {
 	case f.ID != "" && r.ID != f.ID,
+		f.Serial != "" && !matchSerial(f.Serial, r),
 		f.Side != "" && r.Side != f.Side,
 		f.Open != nil && *f.Open != r.End.IsZero(),
 		!f.Until.IsZero() && !r.Start.Before(f.Until),

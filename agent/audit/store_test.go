@@ -226,6 +226,7 @@ func TestQueryFilter(t *testing.T) {
 	plain := opened("plain", 20*time.Second)
 	plain.Record.Source = Party{Address: "10.9.9.9:1"}
 	plain.Record.Destination.ID, plain.Record.Destination.Workload = "", "bank/db"
+	denied.Record.Source.Serial, plain.Record.Destination.Serial = "0a5f", "0b"
 	add(t, s, opened("closed", 0), denied, opened("open", 5*time.Second), plain)
 	add(t, s, ended("closed", 8*time.Second))
 	yes, no := true, false
@@ -245,6 +246,9 @@ func TestQueryFilter(t *testing.T) {
 		{"verdict", Filter{Verdicts: []Verdict{Denied, Failed}}, "denied"},
 		{"side", Filter{Side: Destination}, "denied"},
 		{"id", Filter{ID: "open"}, "open"},
+		{"serial of the source", Filter{Serial: "0a5f"}, "denied"},
+		{"serial of the destination, as other tools write it", Filter{Serial: "00:0B"}, "plain"},
+		{"serial, whole", Filter{Serial: "a5"}, ""},
 		{"from id", Filter{From: "spiffe://mesh.example/ns/shop/sa/web"}, "closed denied open"},
 		{"from id, whole", Filter{From: "spiffe://mesh.example/ns/shop/sa/we"}, ""},
 		{"from name", Filter{From: "shop/web"}, "closed denied open"},
@@ -259,7 +263,7 @@ func TestQueryFilter(t *testing.T) {
 		}
 	}
 	for field, f := range map[string]Filter{
-		"from": {From: "web"}, "to": {To: "spiffe://"}, "verdict": {Verdicts: []Verdict{"x"}}, "side": {Side: "x"}, "limit": {Limit: -1},
+		"from": {From: "web"}, "to": {To: "spiffe://"}, "verdict": {Verdicts: []Verdict{"x"}}, "side": {Side: "x"}, "limit": {Limit: -1}, "serial": {Serial: "xyz"},
 	} {
 		if err := s.Query(t.Context(), f, nil); err == nil || !strings.Contains(err.Error(), field) {
 			t.Errorf("%s: %v", field, err)

@@ -5,18 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/signet-mesh/signet/agent/audit"
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/internal/output"
 )
 
 type auditDoc struct {
 	output.Meta
-	Records []audit.Record `json:"records"`
+	// Issued is set when one certificate was asked for.
+	Issued  *adminv1.Issuance `json:"issued,omitempty"`
+	Records []audit.Record    `json:"records"`
 	missingNodes
 }
 
@@ -27,12 +31,34 @@ type recordDoc struct {
 }
 
 func (d *auditDoc) Text(t *output.Text) {
+	if d.Issued != nil {
+		d.tellIssued(t)
+	}
 	if len(d.Records) == 0 {
 		t.Line("No records.")
 	} else {
 		t.Table(recordColumns, recordRows(d.Records...))
 	}
 	d.tell(t)
+}
+
+// tellIssued says what the certificate is whose connections follow.
+func (d *auditDoc) tellIssued(t *output.Text) {
+	i := d.Issued
+	if !i.Found {
+		t.Line("This control plane's issuance log does not have the certificate: another replica issued it, or one before, or nobody here.")
+		t.Line("")
+		return
+	}
+	of := ""
+	if i.Workload != "" {
+		of = " for " + i.Workload
+	}
+	if i.Node != "" {
+		of += " on node " + i.Node
+	}
+	t.Line("certificate ", i.Serial, " of ", i.ID, of, ": ", i.Outcome, " at ", instant(i.At), ", valid until ", instant(i.NotAfter))
+	t.Line("")
 }
 
 func (d *recordDoc) Text(t *output.Text) { t.Table(recordColumns, recordRows(d.Record)) }
@@ -97,9 +123,9 @@ func verdictStyle(v audit.Verdict) output.Style {
 
 // auditFlags are the filters as they were given.
 type auditFlags struct {
-	since, from, to, verdict, side, node string
-	limit                                int
-	follow                               bool
+	since, from, to, verdict, side, node, serial string
+	limit                                        int
+	follow                                       bool
 }
 
 func (a *app) newAuditCommand() *cobra.Command {
@@ -125,6 +151,7 @@ records are therefore missing.`,
   signet audit --verdict denied --to pay/ledger -o wide
   signet audit --since 2026-11-23T09:00:00Z --from shop/web -o json
   signet audit -f --verdict denied
+  signet audit --serial 5f0ad1c2    # who got this certificate, and where it was shown
   signet audit --context prod --node worker-1 --since 1h`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.audit(cmd.Context(), cmd, f) },
@@ -136,6 +163,7 @@ records are therefore missing.`,
 	flags.StringVar(&f.verdict, "verdict", "", "only allowed|denied|observed|failed")
 	flags.StringVar(&f.side, "side", "", "only records made at the source|destination")
 	flags.StringVar(&f.node, "node", "", "only the records of this node")
+	flags.StringVar(&f.serial, "serial", "", "only connections that the certificate with this serial number was shown in, and whose it is")
 	flags.IntVar(&f.limit, "limit", 1000, "the newest N records at most; 0 is all")
 	flags.BoolVarP(&f.follow, "follow", "f", false, "go on with new records until interrupted")
 	complete(cmd, "verdict", "allowed", "denied", "observed", "failed")
@@ -146,7 +174,10 @@ records are therefore missing.`,
 
 // query reads the filters.
 func (a *app) query(f auditFlags) (q adminclient.AuditQuery, err error) {
-	q = adminclient.AuditQuery{Side: audit.Side(f.side), Limit: f.limit, Node: f.node}
+	q = adminclient.AuditQuery{Side: audit.Side(f.side), Limit: f.limit, Node: f.node, Serial: f.serial}
+	if strings.Trim(strings.ToLower(f.serial), "0123456789abcdef:") != "" {
+		return q, usage(fmt.Errorf("--serial %q: must be hexadecimal digits, as `signet certs -o wide` shows them", f.serial))
+	}
 	if f.limit < 0 {
 		return q, usage(fmt.Errorf("--limit %d: must be 0 or more", f.limit))
 	}
@@ -203,6 +234,13 @@ func (a *app) audit(ctx context.Context, cmd *cobra.Command, f auditFlags) error
 		return a.followAudit(ctx, client.Client, q)
 	}
 	doc := &auditDoc{Meta: output.NewMeta("AuditRecords"), Records: []audit.Record{}}
+	if q.Serial != "" {
+		issued, err := client.Issued(ctx, q.Serial)
+		if err != nil {
+			return err
+		}
+		doc.Issued = &issued
+	}
 	for r, err := range client.MeshAudit(ctx, q, &doc.Missing) {
 		if err != nil {
 			return err

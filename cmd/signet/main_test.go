@@ -115,6 +115,9 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 		mux.HandleFunc("GET /v1/audit/verify", answer(m.verification))
 		mux.HandleFunc("GET /v1/audit", func(w http.ResponseWriter, r *http.Request) {
 			for _, rec := range m.records {
+				if serial := r.URL.Query().Get("serial"); serial != "" && serial != rec.Source.Serial && serial != rec.Destination.Serial {
+					continue
+				}
 				if v := r.URL.Query().Get("verdict"); v == "" || slices.Contains(strings.Split(v, ","), string(rec.Verdict)) {
 					_ = json.NewEncoder(w).Encode(rec)
 				}
@@ -133,6 +136,16 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 			next := <-authority
 			answer(next[0])(w, r)
 			authority <- next[min(1, len(next)-1):]
+		})
+		mux.HandleFunc("GET /v1/ca/issued", func(w http.ResponseWriter, r *http.Request) {
+			if strings.TrimLeft(r.FormValue("serial"), "0") != "a" {
+				answer(adminv1.Issuance{})(w, r)
+				return
+			}
+			answer(adminv1.Issuance{
+				Found: true, Serial: "0a", ID: id("shop/checkout"), Node: "n1", Workload: "shop/checkout-1", Outcome: "issued",
+				At: testNow.Add(-time.Hour), NotBefore: testNow.Add(-time.Hour), NotAfter: testNow.Add(time.Hour),
+			})(w, r)
 		})
 		mux.HandleFunc("POST /v1/ca/rotate", func(w http.ResponseWriter, r *http.Request) {
 			<-authority

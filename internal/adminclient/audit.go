@@ -26,6 +26,8 @@ type AuditQuery struct {
 	Verdicts []audit.Verdict // any of these
 	Side     audit.Side
 	Limit    int // the newest so many
+	// Serial chooses the connections that a certificate was shown in.
+	Serial string
 	// Node chooses the records of one node.
 	Node string
 }
@@ -48,6 +50,7 @@ func (q AuditQuery) values() url.Values {
 	set("to", q.To)
 	set("verdict", strings.Join(verdicts, ","))
 	set("side", string(q.Side))
+	set("serial", q.Serial)
 	if q.Limit > 0 {
 		v.Set("limit", strconv.Itoa(q.Limit))
 	}

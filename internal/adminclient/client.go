@@ -170,6 +170,12 @@ func (c *Client) Authority(ctx context.Context) (s adminv1.AuthorityStatus, err 
 	return s, c.control.get(ctx, "/v1/ca", nil, &s)
 }
 
+// Issued looks a certificate's serial number, or a token's jti, up in the issuance
+// log of the control plane.
+func (c *Client) Issued(ctx context.Context, serial string) (i adminv1.Issuance, err error) {
+	return i, c.control.get(ctx, "/v1/ca/issued", url.Values{"serial": {serial}}, &i)
+}
+
 // RotateRoot starts the replacement of the root, or, with force, takes the step
 // that one under way waits for.
 func (c *Client) RotateRoot(ctx context.Context, force bool) (s adminv1.AuthorityStatus, err error) {

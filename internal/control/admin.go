@@ -15,6 +15,7 @@ import (
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/adminserver"
 	"github.com/signet-mesh/signet/internal/fanout"
@@ -35,6 +36,10 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 		adminserver.Answer(w, e, err)
 	})
 	mux.HandleFunc("GET /v1/ca", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.rotation.status(), nil) })
+	mux.HandleFunc("GET /v1/ca/issued", func(w http.ResponseWriter, r *http.Request) {
+		issued, err := c.issued(r.FormValue("serial"))
+		adminserver.Answer(w, issued, err)
+	})
 	mux.HandleFunc("POST /v1/ca/rotate", func(w http.ResponseWriter, r *http.Request) {
 		force, err := strconv.ParseBool(cmp.Or(r.FormValue("force"), "false"))
 		if err == nil {
@@ -48,6 +53,21 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(c.metrics(), promhttp.HandlerOpts{}))
 	return adminserver.Serve(ctx, l, mux)
+}
+
+// issued looks a serial number up in the issuance log.
+func (c *control) issued(serial string) (adminv1.Issuance, error) {
+	if serial == "" {
+		return adminv1.Issuance{}, errors.New("serial: is missing; give a certificate's serial number, or a token's jti")
+	}
+	e, found, err := c.authority.Load().IssuanceLog().Find(serial)
+	if err != nil && !errors.Is(err, ca.ErrDamaged) || !found {
+		return adminv1.Issuance{}, err
+	}
+	return adminv1.Issuance{
+		Found: true, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
+		At: e.Time, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Outcome: string(e.Outcome),
+	}, nil
 }
 
 func (c *control) status() adminv1.ControlStatus {

@@ -82,7 +82,7 @@ const maxLimit = 100_000
 // and verdicts.
 func auditQuery(r *http.Request) (adminclient.AuditQuery, error) {
 	v := r.URL.Query()
-	q := adminclient.AuditQuery{From: v.Get("from"), To: v.Get("to"), Side: audit.Side(v.Get("side")), Node: v.Get("node")}
+	q := adminclient.AuditQuery{From: v.Get("from"), To: v.Get("to"), Side: audit.Side(v.Get("side")), Node: v.Get("node"), Serial: v.Get("serial")}
 	if s := v.Get("since"); s != "" {
 		at, err := time.Parse(time.RFC3339Nano, s)
 		if err != nil {

@@ -343,6 +343,18 @@ func TestAuditIsComplete(t *testing.T) {
 			t.Errorf("only %d attempts of kind %s: the test shows too little", counts[e.kind], e.kind)
 		}
 	}
+	// A certificate's serial number leads from a connection to whom it was issued
+	// for, and to the others that it was shown in.
+	for _, r := range records {
+		if r.Source.Serial == "" || r.Verdict != audit.Allowed {
+			continue
+		}
+		out, code := m.CLI("audit", "--serial", strings.ToUpper(r.Source.Serial), "--limit", "5")
+		if code != 0 || !strings.Contains(out, "certificate "+r.Source.Serial+" of "+r.Source.ID) || !strings.Contains(out, "issued at") || !strings.Contains(out, r.Start.UTC().Format("2006-01-02")) {
+			t.Errorf("signet audit --serial: %d\n%s", code, out)
+		}
+		break
+	}
 	p := m.compare(records)
 	if p.count > 0 {
 		t.Errorf("%d problems; the first:\n%s", p.count, strings.Join(p.lines, "\n"))

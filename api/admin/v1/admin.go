@@ -9,6 +9,7 @@
 //	GET  control.sock /v1/status        -> ControlStatus
 //	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
 //	GET  control.sock /v1/ca            -> AuthorityStatus
+//	GET  control.sock /v1/ca/issued?serial= -> Issuance
 //	POST control.sock /v1/ca/rotate?force=, /v1/ca/abandon -> AuthorityStatus
 //
 // In a cluster the operator reaches the control plane alone, through the API

@@ -26,6 +26,22 @@ type AuthorityStatus struct {
 	Error string `json:"error,omitempty"`
 }
 
+// Issuance is one certificate or token in the issuance log.
+type Issuance struct {
+	// Found is false, and the rest empty, when the control plane that was asked
+	// has not issued it, or not since its log began.
+	Found     bool      `json:"found"`
+	Kind      string    `json:"kind,omitempty"` // jwt; a certificate's is empty
+	Serial    string    `json:"serial,omitempty"`
+	ID        string    `json:"id,omitempty"`
+	Node      string    `json:"node,omitempty"`     // on whose behalf it was asked for
+	Workload  string    `json:"workload,omitempty"` // namespace/name
+	At        time.Time `json:"at,omitzero"`        // when it was asked for
+	NotBefore time.Time `json:"notBefore,omitzero"`
+	NotAfter  time.Time `json:"notAfter,omitzero"`
+	Outcome   string    `json:"outcome,omitempty"` // issued, failed or unknown
+}
+
 // RootStatus is one published root.
 type RootStatus struct {
 	Fingerprint string    `json:"fingerprint"` // SHA-256 of the certificate
