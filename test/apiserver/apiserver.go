@@ -54,6 +54,19 @@ type Server struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	work   sync.WaitGroup
+
+	mu      sync.Mutex
+	stopped bool // guarded by mu; no work begins any more
+}
+
+// begin adds to the work that Stop waits for, unless it waits already.
+func (s *Server) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped {
+		s.work.Add(1)
+	}
+	return !s.stopped
 }
 
 // Start starts a server; Stop it after use.
@@ -68,6 +81,9 @@ func Start() *Server {
 
 // Stop ends the server and everything that it forwards.
 func (s *Server) Stop() {
+	s.mu.Lock()
+	s.stopped = true
+	s.mu.Unlock()
 	s.cancel()
 	s.http.CloseClientConnections()
 	s.http.Close()
@@ -178,6 +194,10 @@ func (s *Server) review(w http.ResponseWriter, r *http.Request) {
 
 // forward is the kubelet's side of a port-forward.
 func (s *Server) forward(w http.ResponseWriter, r *http.Request, req Request) {
+	if !s.begin() {
+		return
+	}
+	defer s.work.Done()
 	streams := make(chan httpstream.Stream, 16)
 	take := func(stream httpstream.Stream, _ <-chan struct{}) error { streams <- stream; return nil }
 	var conn httpstream.Connection
