@@ -5,6 +5,7 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"log/slog"
 	"os"
@@ -25,6 +26,7 @@ import (
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/agent/workloadapi"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/adminserver"
 	"github.com/signet-mesh/signet/internal/proxy/instance"
 	"github.com/signet-mesh/signet/internal/unixsocket"
@@ -80,23 +82,24 @@ func AdminSocket(run string) string { return filepath.Join(run, "admin.sock") }
 
 // agent is one running agent.
 type agent struct {
-	cfg       Config
-	log       *slog.Logger
-	node      *nodeIdentity
-	svids     *svid.Manager
-	relay     *relay.Relay
-	attestor  *attest.Attestor
-	store     *audit.Store
-	tailer    *audit.Tailer
-	live      *live
-	plain     *plaintext
-	rules     capturing
-	pods      *pods   // nil outside a cluster
-	probes    *probes // nil outside a cluster
-	client    nodev1.NodeClient
-	workloads *workloadapi.Server
-	roots     roots // only reports uses it
-	ipv6      bool  // the kernel has IPv6
+	cfg        Config
+	log        *slog.Logger
+	node       *nodeIdentity
+	svids      *svid.Manager
+	relay      *relay.Relay
+	attestor   *attest.Attestor
+	store      *audit.Store
+	tailer     *audit.Tailer
+	live       *live
+	plain      *plaintext
+	rules      capturing
+	pods       *pods   // nil outside a cluster
+	probes     *probes // nil outside a cluster
+	client     nodev1.NodeClient
+	workloads  *workloadapi.Server
+	roots      roots            // only reports uses it
+	distrusted []ca.Fingerprint // withdrawn roots whose tunnels were ended; only reports uses it
+	ipv6       bool             // the kernel has IPv6
 
 	connected atomic.Bool   // the control plane's watch is open
 	ready     atomic.Bool   // a state has been taken
@@ -259,5 +262,9 @@ func (a *agent) uid(workload string) string {
 }
 
 func svidState(s *nodeState) svid.State {
-	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, JWTKeys: s.jwtKeys, Workloads: s.workloads, TTL: s.ttl, Quarantined: s.model.Quarantined}
+	distrusted := make([][sha256.Size]byte, len(s.distrusted))
+	for i, f := range s.distrusted {
+		distrusted[i] = f
+	}
+	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, Distrusted: distrusted, JWTKeys: s.jwtKeys, Workloads: s.workloads, TTL: s.ttl, Quarantined: s.model.Quarantined}
 }

@@ -56,6 +56,7 @@ func (a *agent) report(ctx context.Context) {
 		m.Workloads = append(m.Workloads, &nodev1.WorkloadReport{Workload: w.Key(), Uid: w.UID, Problem: bounded(problems[w.Key()]), Repaired: a.rules.repairedSince(w.UID, time.Now().Add(-tellRepairs))})
 	}
 	m.Roots = a.reportRoots(s)
+	a.distrust(s, m.Roots.GetWaits())
 	if proto.Equal(m, last.message) && time.Since(last.at) < reportEvery {
 		return
 	}

@@ -18,6 +18,7 @@ import (
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/authz"
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/wholefile"
 )
@@ -28,6 +29,7 @@ type nodeState struct {
 	xdsVersion  string
 	trustDomain spiffeid.TrustDomain
 	bundle      []*x509.Certificate
+	distrusted  []ca.Fingerprint            // roots that were ever distrusted
 	jwtKeys     map[string]crypto.PublicKey // by kid
 	ttl         time.Duration
 	workloads   []mesh.Workload
@@ -65,6 +67,12 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 			return nil, fmt.Errorf("bundle: %w", err)
 		}
 		s.bundle = append(s.bundle, c)
+	}
+	for _, b := range m.GetDistrusted() {
+		if len(b) != len(ca.Fingerprint{}) {
+			return nil, fmt.Errorf("distrusted: %d bytes are no SHA-256", len(b))
+		}
+		s.distrusted = append(s.distrusted, ca.Fingerprint(b))
 	}
 	if s.jwtKeys, err = parseJWTKeys(m.GetJwtKeys()); err != nil {
 		return nil, err

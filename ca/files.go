@@ -22,6 +22,7 @@ const (
 	nextRootName     = "next-root"
 	intermediateName = "intermediate"
 	furtherRootsFile = "further-roots.crt"
+	distrustedFile   = "distrusted-roots"
 	logFile          = "issuance.log"
 	lockFile         = "lock"
 )

@@ -3,13 +3,16 @@ package ca
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,7 +22,7 @@ import (
 
 // RootStore keeps the roots of a trust domain, by file name: root.crt and
 // root.key, next-root.crt and next-root.key while a rotation is under way, and
-// further-roots.crt. Replicas of a control plane share one.
+// further-roots.crt and distrusted-roots. Replicas of a control plane share one.
 type RootStore interface {
 	// Load returns what was last saved and a version of it; both are zero when
 	// nothing was.
@@ -44,6 +47,7 @@ const (
 type rootSet struct {
 	signs, next *pair // next is nil but in a rotation
 	further     []*x509.Certificate
+	distrusted  []Fingerprint // also of roots that are withdrawn
 }
 
 func (s rootSet) bundle() []*x509.Certificate {
@@ -69,6 +73,13 @@ func (s rootSet) files() (map[string][]byte, error) {
 	}
 	if len(s.further) > 0 {
 		out[furtherRootsFile] = encodeCerts(s.further...)
+	}
+	var text bytes.Buffer
+	for _, f := range s.distrusted {
+		fmt.Fprintln(&text, f)
+	}
+	if text.Len() > 0 {
+		out[distrustedFile] = text.Bytes()
 	}
 	return out, nil
 }
@@ -110,6 +121,13 @@ func parseRoots(td spiffeid.TrustDomain, store RootStore, files map[string][]byt
 		}
 		s.further = slices.DeleteFunc(s.further, isRoot)
 	}
+	for line := range strings.Lines(string(files[distrustedFile])) {
+		b, err := hex.DecodeString(strings.TrimSpace(line))
+		if err != nil || len(b) != sha256.Size {
+			return s, fmt.Errorf("%s: %q is no SHA-256 of a root", filepath.Join(place, distrustedFile), line)
+		}
+		s.distrusted = append(s.distrusted, Fingerprint(b))
+	}
 	return s, nil
 }
 
@@ -121,7 +139,7 @@ func (d dirRoots) String() string { return string(d) }
 
 func (d dirRoots) Load(context.Context) (map[string][]byte, string, error) {
 	files := map[string][]byte{}
-	for _, name := range []string{rootName + ".crt", rootName + ".key", nextRootName + ".crt", nextRootName + ".key", furtherRootsFile} {
+	for _, name := range []string{rootName + ".crt", rootName + ".key", nextRootName + ".crt", nextRootName + ".key", furtherRootsFile, distrustedFile} {
 		data, err := readFile(filepath.Join(string(d), name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -142,6 +160,11 @@ func (d dirRoots) Save(ctx context.Context, files map[string][]byte, _ string) e
 		return err
 	}
 	dir := string(d)
+	if text := files[distrustedFile]; text != nil && !bytes.Equal(text, was[distrustedFile]) {
+		if err := wholefile.Write(filepath.Join(dir, distrustedFile), text); err != nil {
+			return err
+		}
+	}
 	further := filepath.Join(dir, furtherRootsFile)
 	if text := files[furtherRootsFile]; text != nil && !bytes.Equal(text, was[furtherRootsFile]) {
 		if err := wholefile.Write(further, text); err != nil {

@@ -97,8 +97,36 @@ func (a *Authority) SwitchRoot() error {
 		if s.next == nil {
 			return s, ErrNoNextRoot
 		}
-		return rootSet{signs: s.next, further: append([]*x509.Certificate{s.signs.cert}, s.further...)}, nil
+		s.signs, s.next, s.further = s.next, nil, append([]*x509.Certificate{s.signs.cert}, s.further...)
+		return s, nil
 	})
+}
+
+// DistrustRoot says that every root there is may be in somebody else's hands, also
+// one that was to be the next, and makes another to be that. Who takes the steps
+// of the rotation hurries then. It does nothing while the root that signs is
+// distrusted already.
+func (a *Authority) DistrustRoot() error {
+	return a.changeRoots("distrust the root", func(s rootSet) (_ rootSet, err error) {
+		if slices.Contains(s.distrusted, FingerprintOf(s.signs.cert)) {
+			return s, nil
+		}
+		for _, c := range s.bundle() {
+			if f := FingerprintOf(c); !slices.Contains(s.distrusted, f) {
+				s.distrusted = append(slices.Clone(s.distrusted), f)
+			}
+		}
+		s.next, err = newRoot(a.td, a.now(), a.rootTTL)
+		return s, err
+	})
+}
+
+// Distrusted returns the roots that were ever distrusted; withdrawn ones too. The
+// slice is shared: callers must not edit it. It changes with the bundle.
+func (a *Authority) Distrusted() []Fingerprint {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.roots.distrusted
 }
 
 // RetireRoots withdraws all former roots.
@@ -151,7 +179,7 @@ func (a *Authority) useRoots(next rootSet) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	was := a.roots
-	if slices.EqualFunc(was.bundle(), next.bundle(), (*x509.Certificate).Equal) {
+	if slices.EqualFunc(was.bundle(), next.bundle(), (*x509.Certificate).Equal) && slices.Equal(was.distrusted, next.distrusted) {
 		return nil
 	}
 	if signs := next.signs.cert; !signs.Equal(was.signs.cert) {
@@ -174,6 +202,11 @@ func (a *Authority) useRoots(next rootSet) error {
 	}
 	if len(next.further) < len(was.further) || was.next != nil && next.next == nil && next.signs.cert.Equal(was.signs.cert) {
 		a.log.Info("a root was withdrawn", "roots", len(next.bundle()))
+	}
+	for _, f := range next.distrusted {
+		if !slices.Contains(was.distrusted, f) {
+			a.log.Warn("a root is distrusted", "fingerprint", f.String())
+		}
 	}
 	a.roots = next
 	close(a.changed)

@@ -104,6 +104,59 @@ func TestRotateRoot(t *testing.T) {
 	check("signs:3")
 }
 
+// What is distrusted is known after a restart, also once it is withdrawn; a root
+// that was to be the next is distrusted too, and another made.
+func TestDistrustRoot(t *testing.T) {
+	dir := t.TempDir()
+	a := openTest(t, dir, nil)
+	seen := map[Fingerprint]int{}
+	check := func(want, distrusted string) {
+		t.Helper()
+		for range 2 {
+			var got []string
+			text := roles(a, seen)
+			for _, f := range a.Distrusted() {
+				got = append(got, fmt.Sprint(seen[f]))
+			}
+			if text != want || strings.Join(got, " ") != distrusted {
+				t.Fatalf("roots are %q, distrusted are %q; want %q and %q", text, got, want, distrusted)
+			}
+			a.Close()
+			a = openTest(t, dir, nil)
+		}
+	}
+	if err := a.PrepareRoot(); err != nil {
+		t.Fatal(err)
+	}
+	check("signs:1 next:2", "")
+	for range 2 { // the second time there is nothing to do
+		_, changed := a.BundleUpdates()
+		if err := a.DistrustRoot(); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-changed:
+		default:
+			if len(a.Distrusted()) == 0 {
+				t.Error("who follows the bundle was not told")
+			}
+		}
+		check("signs:1 next:3", "1 2")
+	}
+	if err := a.SwitchRoot(); err != nil {
+		t.Fatal(err)
+	}
+	check("signs:3 former:1", "1 2")
+	if err := a.RetireRoots(); err != nil {
+		t.Fatal(err)
+	}
+	check("signs:3", "1 2")
+	if err := a.DistrustRoot(); err != nil { // another time
+		t.Fatal(err)
+	}
+	check("signs:3 next:4", "1 2 3")
+}
+
 // A crash in the middle of a switch leaves a rotation that can go on: whatever
 // was written last, the old root is published and exactly one root signs.
 func TestSwitchRootCrash(t *testing.T) {

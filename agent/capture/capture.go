@@ -163,6 +163,15 @@ func End(netns string) (n int, err error) {
 	return n, err
 }
 
+// EndTunnels ends all tunnels; see NS.EndTunnels.
+func EndTunnels(netns string) (n int, err error) {
+	err = with(netns, func(ns *NS) (err error) {
+		n, err = ns.EndTunnels()
+		return err
+	})
+	return n, err
+}
+
 // ResetEstablished ends the connections that bypass the proxy; see
 // NS.ResetEstablished.
 func ResetEstablished(netns string) (n int, err error) {

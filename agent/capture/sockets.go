@@ -151,13 +151,18 @@ func (n *NS) ResetEstablished() (int, error) {
 // one whose processes are gone, in which only the proxy has sockets left. Their
 // peers may have gone without a word, and then nothing else would end them.
 func (n *NS) End() (int, error) {
+	return n.end(func(s *Socket) bool { return s.State != Listen })
+}
+
+// end ends the connections that are chosen, and returns how many.
+func (n *NS) end(chosen func(*Socket) bool) (int, error) {
 	all, err := n.Sockets()
 	if err != nil {
 		return 0, err
 	}
 	total := 0
 	for _, s := range all {
-		if s.State == Listen {
+		if !chosen(&s) {
 			continue
 		}
 		err := n.withDiag(func(d *diagConn) error { return d.destroy(s.key) })
@@ -169,6 +174,14 @@ func (n *NS) End() (int, error) {
 		}
 	}
 	return total, nil
+}
+
+// EndTunnels ends every open tunnel of the namespace, in both directions, and
+// returns how many. What is in them ends with them.
+func (n *NS) EndTunnels() (int, error) {
+	return n.end(func(s *Socket) bool {
+		return s.State.open() && (s.Local.Port() == mesh.PortTunnel || s.Remote.Port() == mesh.PortTunnel && s.Mark == mesh.SocketMark)
+	})
 }
 
 // bypassing returns the open connections that ResetEstablished ends.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto"
+	"crypto/sha256"
 	"crypto/x509"
 	"log/slog"
 	"maps"
@@ -58,6 +59,9 @@ type State struct {
 	Bundle []*x509.Certificate
 	// JWTKeys are the keys that verify the trust domain's JWT-SVIDs, by kid.
 	JWTKeys map[string]crypto.PublicKey
+	// Distrusted are roots that may be in somebody else's hands: certificates
+	// below them are renewed at once. SHA-256 of the certificates.
+	Distrusted [][sha256.Size]byte
 	// Workloads are the node's enrolled workloads.
 	Workloads []mesh.Workload
 	// Quarantined names the quarantine that cuts an identity off. Nil: none is.
@@ -216,6 +220,9 @@ func (m *Manager) Update(s State) {
 			} else if _, err := check(h.id, h.current.Key.Public(), h.current.Chain, m.bundle[:1], now); err != nil {
 				// Another root signs, and this one is to be retired soon.
 				spread := min(h.current.NotAfter.Sub(h.current.NotBefore)/20, rotationSpread)
+				if slices.ContainsFunc(m.bundle[1:], func(c *x509.Certificate) bool { return slices.Contains(s.Distrusted, sha256.Sum256(c.Raw)) }) {
+					spread = 0
+				}
 				if at := now.Add(time.Duration(m.jitter() * float64(spread))); at.Before(h.attemptAt) {
 					h.attemptAt = at
 				}

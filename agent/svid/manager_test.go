@@ -3,6 +3,7 @@ package svid
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -429,6 +430,25 @@ func TestAnotherRootSigns(t *testing.T) {
 		synctest.Wait()
 		if n.must("web") != second {
 			t.Error("renewed once more")
+		}
+	})
+}
+
+// Certificates below a distrusted root are renewed at once.
+func TestDistrustedRoot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		is := newIssuer(t, time.Hour)
+		n := start(t, is, Config{Jitter: func() float64 { return 0.9 }}, "web")
+		defer n.stop()
+		synctest.Wait()
+		first := n.must("web")
+		next := newAuthority(t, time.Now())
+		n.state.Bundle, n.state.Distrusted = []*x509.Certificate{next.root, is.root}, [][sha256.Size]byte{sha256.Sum256(is.root.Raw)}
+		is.set(func(i *issuer) { i.authority = next })
+		n.Update(n.state)
+		synctest.Wait()
+		if n.must("web").Serial == first.Serial {
+			t.Error("the certificate below a distrusted root was kept")
 		}
 	})
 }

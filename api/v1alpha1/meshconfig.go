@@ -59,6 +59,13 @@ type MeshConfigSpec struct {
 	// life are over.
 	// +optional
 	RootNotBefore *metav1.Time `json:"rootNotBefore,omitempty"`
+
+	// RootDistrustedBefore says that a root that was made before this instant
+	// may be in somebody else's hands. It is replaced in a hurry: certificates
+	// below it are renewed at once, no step waits longer than 15 s for a node,
+	// and when it is withdrawn, all connections through tunnels end once.
+	// +optional
+	RootDistrustedBefore *metav1.Time `json:"rootDistrustedBefore,omitempty"`
 }
 
 // MeshConfigStatus says what became of a MeshConfig.

@@ -43,6 +43,9 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		jwtKeys, jwtKeysChanged := s.authority.JWTKeys()
 		if view != nil && view.State != nil {
 			state := nodeState(view, name, bundle)
+			for _, f := range s.authority.Distrusted() {
+				state.Distrusted = append(state.Distrusted, f[:])
+			}
 			if state.JwtKeys, err = jwtKeyMessages(jwtKeys); err != nil {
 				s.log.ErrorContext(ctx, "a JWT key cannot be encoded", "err", err)
 				return status.Error(codes.Internal, "a JWT key cannot be encoded; see the control plane's log")

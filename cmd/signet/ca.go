@@ -83,7 +83,7 @@ node uses a certificate of the old root, and withdraws that. It goes on by itsel
 also over a restart of the control plane, and begins by itself when two thirds of
 the root's life are over.`, `  signet ca status
   signet ca rotate`)
-	ca.AddCommand(a.newCAStatusCommand(), a.newCARotateCommand(), a.newCAAbandonCommand())
+	ca.AddCommand(a.newCAStatusCommand(), a.newCARotateCommand(), a.newCADistrustCommand(), a.newCAAbandonCommand())
 	return ca
 }
 
@@ -146,7 +146,7 @@ what still waits is cut off until it has caught up, or has joined again.`,
 				case force:
 					err = usage(errors.New("--force: not in a cluster; delete the Node object of a node that is gone for good"))
 				default:
-					s, err = a.declareRotation(ctx, c)
+					s, err = a.declareRotation(ctx, c, "rootNotBefore")
 				}
 				if err != nil || noWait {
 					return s, err
@@ -157,6 +157,44 @@ what still waits is cut off until it has caught up, or has joined again.`,
 	})
 	cmd.Flags().BoolVar(&force, "force", false, "take the next step of a rotation under way now")
 	cmd.Flags().BoolVar(&noWait, "no-wait", false, "return when the rotation has begun")
+	return cmd
+}
+
+func (a *app) newCADistrustCommand() *cobra.Command {
+	var yes, noWait bool
+	cmd := a.asks(&cobra.Command{
+		Use:   "distrust",
+		Short: "Replace a root whose key somebody else may have, at once",
+		Long: `Replace a root whose key somebody else may have, and wait until that is done.
+
+It goes through the steps of a rotation in a hurry. All certificates are renewed
+at once, and no step waits longer than 15 s for a node: one that is behind is cut
+off until it has joined again. When the root is withdrawn, every tunnel from before
+ends once, with all connections in it; they can be opened again at once. In a
+cluster it sets spec.rootDistrustedBefore of the MeshConfig.`,
+		Example: `  signet ca distrust --yes`,
+		Args:    args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !yes {
+				return usage(errors.New("all connections through tunnels will end once; say --yes if that is wanted"))
+			}
+			return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
+				var s adminv1.AuthorityStatus
+				var err error
+				if c.kube == nil {
+					s, err = c.DistrustRoot(ctx)
+				} else {
+					s, err = a.declareRotation(ctx, c, "rootDistrustedBefore")
+				}
+				if err != nil || noWait {
+					return s, err
+				}
+				return a.followRotation(ctx, c.Client)
+			})
+		},
+	})
+	cmd.Flags().BoolVar(&yes, "yes", false, "end all connections through tunnels once")
+	cmd.Flags().BoolVar(&noWait, "no-wait", false, "return when it has begun")
 	return cmd
 }
 
@@ -183,19 +221,19 @@ const beginTime = 10 * time.Second
 
 // declareRotation writes into the MeshConfig that the root is to be replaced, and
 // returns when that has begun, or is done.
-func (a *app) declareRotation(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
+func (a *app) declareRotation(ctx context.Context, c *link, field string) (adminv1.AuthorityStatus, error) {
 	before, err := c.Authority(ctx)
-	if err != nil || before.Stage != adminv1.RotationIdle {
+	if err != nil || field == "rootNotBefore" && before.Stage != adminv1.RotationIdle {
 		return before, err // follow the one that is under way
 	}
-	patch := map[string]any{"spec": map[string]any{"rootNotBefore": a.now().UTC().Format(time.RFC3339)}}
+	patch := map[string]any{"spec": map[string]any{field: a.now().UTC().Format(time.RFC3339)}}
 	var answer struct{}
 	if err := c.kube.Patch(ctx, "/apis/signet.dev/v1alpha1/meshconfigs/mesh", patch, &answer); err != nil {
-		return before, fmt.Errorf("set spec.rootNotBefore of the MeshConfig: %w", err)
+		return before, fmt.Errorf("set spec.%s of the MeshConfig: %w", field, err)
 	}
 	for end := time.Now().Add(beginTime); ; {
 		s, err := c.Authority(ctx)
-		if err != nil || s.Stage != adminv1.RotationIdle || s.Error != "" || s.Roots[0].Fingerprint != before.Roots[0].Fingerprint {
+		if err != nil || s.Stage != adminv1.RotationIdle && (s.Hurries || field == "rootNotBefore") || s.Error != "" || s.Roots[0].Fingerprint != before.Roots[0].Fingerprint {
 			return s, err
 		}
 		if time.Now().After(end) {

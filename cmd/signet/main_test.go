@@ -153,6 +153,7 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 			answer(m.authority)(w, r)
 		})
 		mux.HandleFunc("POST /v1/ca/abandon", answer(m.authority))
+		mux.HandleFunc("POST /v1/ca/distrust", answer(m.authority))
 		mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 			e := m.explanation
 			e.From, e.To = r.URL.Query().Get("from"), r.URL.Query().Get("to")
@@ -293,6 +294,7 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		"signet check":           {nil, exitFindings, exitFindings},
 		"signet ca status":       {[]string{"ca", "status"}, exitFindings, exitFailed},
 		"signet ca rotate":       {[]string{"ca", "rotate"}, exitFindings, exitFailed},
+		"signet ca distrust":     {[]string{"ca", "distrust", "--yes"}, exitFindings, exitFailed},
 		"signet ca abandon":      {[]string{"ca", "abandon"}, exitFindings, exitFailed},
 		"signet version":         {[]string{"version"}, exitGood, exitGood},
 	}

@@ -182,6 +182,11 @@ func (c *Client) RotateRoot(ctx context.Context, force bool) (s adminv1.Authorit
 	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/rotate", url.Values{"force": {strconv.FormatBool(force)}}, &s)
 }
 
+// DistrustRoot replaces the root in a hurry, and has tunnels from before end.
+func (c *Client) DistrustRoot(ctx context.Context) (s adminv1.AuthorityStatus, err error) {
+	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/distrust", nil, &s)
+}
+
 // AbandonRoot withdraws the next root before it signs.
 func (c *Client) AbandonRoot(ctx context.Context) (s adminv1.AuthorityStatus, err error) {
 	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/abandon", nil, &s)

@@ -47,6 +47,10 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 		}
 		adminserver.Answer(w, c.rotation.status(), err)
 	})
+	mux.HandleFunc("POST /v1/ca/distrust", func(w http.ResponseWriter, _ *http.Request) {
+		err := c.rotation.distrust()
+		adminserver.Answer(w, c.rotation.status(), err)
+	})
 	mux.HandleFunc("POST /v1/ca/abandon", func(w http.ResponseWriter, _ *http.Request) {
 		err := c.rotation.abandon()
 		adminserver.Answer(w, c.rotation.status(), err)

@@ -24,6 +24,10 @@ const (
 	quietTime = 2 * time.Second
 	// staleReport is how old a node's report may be. Nodes report every 5 s.
 	staleReport = 15 * time.Second
+	// hurriedQuiet is quietTime, and hurriedStep the longest that a step waits for
+	// anybody, while a distrusted root is still published.
+	hurriedQuiet = 500 * time.Millisecond
+	hurriedStep  = 15 * time.Second
 	// retryRotation is how soon a step that failed is tried again.
 	retryRotation = 10 * time.Second
 )
@@ -45,10 +49,12 @@ type rotation struct {
 	now      func() time.Time
 
 	mu     sync.Mutex
-	forced bool      // guarded by mu; the next step does not wait
-	clear  time.Time // guarded by mu; since when nothing stands against the next step; zero: something does
-	failed time.Time // guarded by mu; when a step failed last
-	err    error     // guarded by mu; how
+	forced bool                  // guarded by mu; the next step does not wait
+	stage  adminv1.RotationStage // guarded by mu; when it was last looked
+	since  time.Time             // guarded by mu; of the stage
+	clear  time.Time             // guarded by mu; since when nothing stands against the next step; zero: something does
+	failed time.Time             // guarded by mu; when a step failed last
+	err    error                 // guarded by mu; how
 }
 
 // run takes steps until ctx ends.
@@ -88,6 +94,13 @@ func (r *rotation) step(now time.Time) {
 	}
 	roots := r.authority.Roots()
 	stage := stageOf(roots)
+	if stage != r.stage {
+		r.stage, r.since = stage, now
+	}
+	if v := r.view(); v != nil && r.before(v.State.RootDistrustedBefore, now) && !slices.Contains(r.authority.Distrusted(), ca.FingerprintOf(roots[0].Certificate)) {
+		r.took(r.authority.DistrustRoot(), now)
+		return
+	}
 	if stage == adminv1.RotationIdle {
 		r.forced, r.clear, r.err = false, time.Time{}, nil
 		if why := r.due(now); why != "" {
@@ -95,6 +108,12 @@ func (r *rotation) step(now time.Time) {
 			r.took(r.authority.PrepareRoot(), now)
 		}
 		return
+	}
+	if r.hurries(roots) && now.Sub(r.since) >= hurriedStep {
+		if !r.forced {
+			r.log.Warn("a distrusted root waits for nobody any longer; nodes that are behind are cut off", "stage", stage)
+		}
+		r.forced = true
 	}
 	if !r.forced {
 		for _, n := range r.nodes(roots, now) {
@@ -106,7 +125,7 @@ func (r *rotation) step(now time.Time) {
 		if r.clear.IsZero() {
 			r.clear = now
 		}
-		if now.Sub(r.clear) < r.quiet(stage) {
+		if now.Sub(r.clear) < r.quiet(stage, roots) {
 			return
 		}
 	}
@@ -123,18 +142,25 @@ func (r *rotation) due(now time.Time) string {
 	if !now.Before(r.authority.RootDue()) {
 		return "two thirds of its life are over"
 	}
-	if v := r.view(); v != nil {
-		if limit := v.State.RootNotBefore.Truncate(time.Second); !limit.IsZero() && !now.Before(limit) && r.authority.RootMade().Before(limit) {
-			return "it was made before spec.rootNotBefore of the MeshConfig"
-		}
+	if v := r.view(); v != nil && r.before(v.State.RootNotBefore, now) {
+		return "it was made before spec.rootNotBefore of the MeshConfig"
 	}
 	return ""
+}
+
+// before reports whether the root was made before an instant that has come.
+func (r *rotation) before(limit, now time.Time) bool {
+	limit = limit.Truncate(time.Second) // as certificates have it
+	return !limit.IsZero() && !now.Before(limit) && r.authority.RootMade().Before(limit)
 }
 
 // quiet is for how long nothing may stand against the next step. A tunnel takes
 // new connections for half of the life of the certificate that it was opened with,
 // so a root goes only after that.
-func (r *rotation) quiet(stage adminv1.RotationStage) time.Duration {
+func (r *rotation) quiet(stage adminv1.RotationStage, roots []ca.Root) time.Duration {
+	if r.hurries(roots) {
+		return hurriedQuiet // nodes end tunnels themselves
+	}
 	if stage != adminv1.RotationRetiring {
 		return quietTime
 	}
@@ -143,6 +169,12 @@ func (r *rotation) quiet(stage adminv1.RotationStage) time.Duration {
 		ttl = v.State.SVIDTTL
 	}
 	return quietTime + ttl/2
+}
+
+// hurries reports whether a root is published that is distrusted.
+func (r *rotation) hurries(roots []ca.Root) bool {
+	distrusted := r.authority.Distrusted()
+	return slices.ContainsFunc(roots, func(root ca.Root) bool { return slices.Contains(distrusted, ca.FingerprintOf(root.Certificate)) })
 }
 
 // took notes how a step went. mu is held. That another replica took it is no
@@ -244,6 +276,17 @@ func (r *rotation) rotate(force bool) error {
 
 var errDeclared = errors.New("in a cluster the root is replaced by spec.rootNotBefore of the MeshConfig, which `kubectl signet ca rotate` sets; a node that is gone for good does not hold it up once its Node object is deleted")
 
+// distrust replaces the root in a hurry: it may be in somebody else's hands.
+func (r *rotation) distrust() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.declared {
+		return errDeclared
+	}
+	r.err = nil
+	return r.authority.DistrustRoot()
+}
+
 // abandon withdraws the next root.
 func (r *rotation) abandon() error {
 	r.mu.Lock()
@@ -254,6 +297,9 @@ func (r *rotation) abandon() error {
 	if stage := stageOf(r.authority.Roots()); stage != adminv1.RotationPublishing {
 		return fmt.Errorf("there is no next root to withdraw: the rotation is %s", stage)
 	}
+	if r.hurries(r.authority.Roots()) {
+		return errors.New("the root that signs is distrusted, so it has to be replaced")
+	}
 	return r.authority.AbandonRoot()
 }
 
@@ -263,7 +309,7 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	roots := r.authority.Roots()
 	out := adminv1.AuthorityStatus{
 		TrustDomain: r.authority.TrustDomain().Name(), Stage: stageOf(roots), Nodes: r.nodes(roots, now),
-		Due: r.authority.RootDue(),
+		Due: r.authority.RootDue(), Hurries: r.hurries(roots),
 	}
 	for _, root := range roots {
 		c := root.Certificate

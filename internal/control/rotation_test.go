@@ -208,6 +208,43 @@ func TestRotationIsDeclared(t *testing.T) {
 	x.want(t, adminv1.RotationRetiring, "when node one was removed")
 }
 
+// Defends the mesh after a theft: a distrusted root goes, whoever is behind; but
+// who answers in time is waited for.
+func TestRotationHurries(t *testing.T) {
+	x := newTurntable(t)
+	stolen := x.authority.Bundle()[0]
+	if err := x.distrust(); err != nil {
+		t.Fatal(err)
+	}
+	if s := x.status(); !s.Hurries || x.abandon() == nil {
+		t.Errorf("a distrusted root may stay: %+v", s)
+	}
+	x.pass(hurriedStep - time.Second)
+	x.want(t, adminv1.RotationPublishing, "while nodes may still answer")
+	x.pass(2 * time.Second)
+	x.want(t, adminv1.RotationRetiring, "when they have not")
+	x.say(x.authority.Bundle(), x.authority.Bundle()[:1])
+	x.pass(hurriedQuiet + 2*lookAtRoots)
+	x.want(t, adminv1.RotationIdle, "when nobody uses it, tunnels or not")
+	if x.authority.Bundle()[0].Equal(stolen) || x.status().Hurries {
+		t.Errorf("%+v", x.status())
+	}
+	// By the MeshConfig, in the middle of an ordinary rotation.
+	if err := x.rotate(false); err != nil {
+		t.Fatal(err)
+	}
+	x.at = x.at.Add(time.Minute)
+	x.view().State.RootDistrustedBefore = x.at
+	x.pass(time.Second)
+	if s := x.status(); !s.Hurries || s.Stage != adminv1.RotationPublishing {
+		t.Errorf("%+v", s)
+	}
+	x.pass(2*hurriedStep + 2*time.Second)
+	x.want(t, adminv1.RotationIdle, "without any node")
+	x.pass(time.Hour)
+	x.want(t, adminv1.RotationIdle, "an hour later")
+}
+
 // The root is replaced by itself in time.
 func TestRotationIsDue(t *testing.T) {
 	x := newTurntable(t)

@@ -23,10 +23,10 @@ import (
 
 // settings are what the MeshConfig says.
 type settings struct {
-	td            spiffeid.TrustDomain
-	ttl           time.Duration
-	refuseUnknown bool
-	rootNotBefore time.Time
+	td                                  spiffeid.TrustDomain
+	ttl                                 time.Duration
+	refuseUnknown                       bool
+	rootNotBefore, rootDistrustedBefore time.Time
 }
 
 // Bounds of a workload certificate's lifetime, as the CRD has them.
@@ -57,6 +57,9 @@ func parseConfig(in *v1alpha1.MeshConfig) (settings, []string) {
 	}
 	if t := in.Spec.RootNotBefore; t != nil {
 		out.rootNotBefore = t.UTC()
+	}
+	if t := in.Spec.RootDistrustedBefore; t != nil {
+		out.rootDistrustedBefore = t.UTC()
 	}
 	switch in.Spec.UnknownDestinations {
 	case "", "plain":
@@ -118,7 +121,7 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 // replaced and not edited.
 func (x *index) view(s settings, d *documents) *mesh.View {
 	state := &mesh.State{
-		TrustDomain: s.td, SVIDTTL: s.ttl, RootNotBefore: s.rootNotBefore, RefuseUnknown: s.refuseUnknown,
+		TrustDomain: s.td, SVIDTTL: s.ttl, RootNotBefore: s.rootNotBefore, RootDistrustedBefore: s.rootDistrustedBefore, RefuseUnknown: s.refuseUnknown,
 		Namespaces: x.modes, Plain: x.plain, Excluded: x.excluded,
 		Workloads: x.workloads.values, Services: x.serviceSet.values,
 	}
@@ -129,10 +132,11 @@ func (x *index) view(s settings, d *documents) *mesh.View {
 		TTL        time.Duration
 		Refuse     bool
 		Root       time.Time
+		Distrusted time.Time
 		Namespaces map[string]mesh.Mode
 		Plain      map[string]bool
 		Excluded   map[string]string
-	}{2, s.td.Name(), s.ttl, s.refuseUnknown, s.rootNotBefore, x.modes, x.plain, x.excluded})
+	}{2, s.td.Name(), s.ttl, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded})
 	if err != nil {
 		panic(fmt.Sprintf("kube: encode revision: %v", err))
 	}

@@ -174,6 +174,9 @@ func (b *builder) meshConfig() {
 	if t := spec.RootNotBefore; t != nil {
 		b.state.RootNotBefore = t.UTC()
 	}
+	if t := spec.RootDistrustedBefore; t != nil {
+		b.state.RootDistrustedBefore = t.UTC()
+	}
 	switch spec.UnknownDestinations {
 	case "", "plain":
 	case "refuse":

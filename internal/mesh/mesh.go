@@ -65,6 +65,8 @@ type State struct {
 	// RootNotBefore: a root that was made before is to be replaced, once it is
 	// then. Zero: none is.
 	RootNotBefore time.Time
+	// RootDistrustedBefore: a root that was made before is distrusted. Zero: none is.
+	RootDistrustedBefore time.Time
 	// RefuseUnknown closes connections to destinations outside the mesh.
 	RefuseUnknown bool
 	Namespaces    map[string]Mode // absent means ModeOff

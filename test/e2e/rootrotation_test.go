@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -169,4 +170,90 @@ func issuersOf(t *testing.T, m *harness.Mesh) map[string]string {
 		out[entries[i].Serial] = entries[i].Issuer
 	}
 	return out
+}
+
+// TestDistrust: a root that somebody else may have is replaced by one command.
+// What was signed with the stolen key is refused, every connection from before
+// ends, and new ones are served, all within seconds; those who were in a tunnel
+// with a forged certificate are out.
+func TestDistrust(t *testing.T) {
+	m := rotating(t, time.Hour) // the life of certificates is no help
+	stolen := stolenForge(t, m).sign(t, nil, "spiffe://mesh.test/ns/shop/sa/red")
+	red, blue := hold(t, m.Pod("red"), serverAt), hold(t, m.Pod("blue"), serverAt)
+	thief, err := m.Pod("stranger").Dial(t.Context(), "tcp", "10.88.0.12:15008")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer thief.Close()
+	tunnel := tls.Client(thief, &tls.Config{
+		InsecureSkipVerify: true, //nolint:gosec // a thief does not care
+		MinVersion:         tls.VersionTLS13, NextProtos: []string{"h2"},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return stolen, nil },
+	})
+	if _, err := tunnel.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(tunnel, make([]byte, 9)); err != nil {
+		t.Fatalf("a forged certificate below the root is refused before anybody knows: %v", err)
+	}
+	if err := red.ping(); err != nil {
+		t.Fatal(err)
+	}
+
+	began := time.Now()
+	var issuers []string
+	for _, by := range issuersOf(t, m) {
+		issuers = append(issuers, by)
+	}
+	if out, code := m.CLI("ca", "distrust", "--yes"); code != 0 {
+		t.Fatalf("signet ca distrust: %d\n%s", code, out)
+	}
+	t.Logf("the root was replaced within %s", time.Since(began).Round(10*time.Millisecond))
+	m.Eventually(5*time.Second, "the forged certificate to be refused", func() error {
+		if opensTunnel(t.Context(), m, stolen) {
+			return errors.New("it still opens tunnels")
+		}
+		return nil
+	})
+	t.Logf("a forged certificate is refused %s after the command", time.Since(began).Round(10*time.Millisecond))
+	_ = thief.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.Copy(io.Discard, tunnel); err == nil || timedOut(err) {
+		t.Errorf("the thief's tunnel is still open: %v", err)
+	}
+	for name, h := range map[string]*held{"red": red, "blue": blue} {
+		if err := h.ping(); err == nil || timedOut(err) {
+			t.Errorf("a connection of %s from before is still open: %v", name, err)
+		}
+	}
+	t.Logf("every connection from before had ended after %s", time.Since(began).Round(10*time.Millisecond))
+	for _, name := range []string{"red", "blue"} {
+		if err := callEcho(t.Context(), m.Pod(name), serverAt); err != nil {
+			t.Errorf("a new call of %s: %v", name, err)
+		}
+	}
+	t.Logf("new calls were served after %s", time.Since(began).Round(10*time.Millisecond))
+	certs, err := m.Client.Certificates(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range certs {
+		if slices.Contains(issuers, c.Issuer) {
+			t.Errorf("%s still has a certificate from before", c.Holder)
+		}
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("it took %s, want some seconds", took)
+	}
+
+	// It ends tunnels once.
+	again := hold(t, m.Pod("red"), serverAt)
+	m.Kill("agent")
+	m.Eventually(30*time.Second, "the agent to be back", func() error {
+		_, err := m.Client.AgentStatus(t.Context())
+		return err
+	})
+	time.Sleep(3 * time.Second)
+	if err := again.ping(); err != nil {
+		t.Errorf("a connection from afterwards ended when the agent was started again: %v", err)
+	}
 }

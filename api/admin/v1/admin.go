@@ -10,7 +10,7 @@
 //	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
 //	GET  control.sock /v1/ca            -> AuthorityStatus
 //	GET  control.sock /v1/ca/issued?serial= -> Issuance
-//	POST control.sock /v1/ca/rotate?force=, /v1/ca/abandon -> AuthorityStatus
+//	POST control.sock /v1/ca/rotate?force=, /v1/ca/distrust, /v1/ca/abandon -> AuthorityStatus
 //
 // In a cluster the operator reaches the control plane alone, through the API
 // server's port-forward, and it asks the nodes (package internal/fanout):

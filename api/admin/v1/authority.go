@@ -16,6 +16,8 @@ const (
 type AuthorityStatus struct {
 	TrustDomain string        `json:"trustDomain"`
 	Stage       RotationStage `json:"stage"`
+	// Hurries is set while a distrusted root is published: no step waits long.
+	Hurries bool `json:"hurries,omitempty"`
 	// Roots are those that are published, the one that signs first.
 	Roots []RootStatus `json:"roots"`
 	// Nodes are all nodes of the mesh.

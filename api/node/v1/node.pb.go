@@ -874,7 +874,10 @@ type NodeState struct {
 	// SPIFFE ID patterns that are cut off, whatever the policies say.
 	Quarantined []*Quarantined `protobuf:"bytes,11,rep,name=quarantined,proto3" json:"quarantined,omitempty"`
 	// The keys that verify the trust domain's JWT-SVIDs, full set.
-	JwtKeys       []*JWTKey `protobuf:"bytes,12,rep,name=jwt_keys,json=jwtKeys,proto3" json:"jwt_keys,omitempty"`
+	JwtKeys []*JWTKey `protobuf:"bytes,12,rep,name=jwt_keys,json=jwtKeys,proto3" json:"jwt_keys,omitempty"`
+	// SHA-256 of every root that was ever distrusted. Certificates below one are
+	// renewed at once; when it has left the bundle, tunnels from before end.
+	Distrusted    [][]byte `protobuf:"bytes,13,rep,name=distrusted,proto3" json:"distrusted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -989,6 +992,13 @@ func (x *NodeState) GetQuarantined() []*Quarantined {
 func (x *NodeState) GetJwtKeys() []*JWTKey {
 	if x != nil {
 		return x.JwtKeys
+	}
+	return nil
+}
+
+func (x *NodeState) GetDistrusted() [][]byte {
+	if x != nil {
+		return x.Distrusted
 	}
 	return nil
 }
@@ -1471,7 +1481,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
 	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
-	"\x0eReportResponse\"\x81\x04\n" +
+	"\x0eReportResponse\"\xa1\x04\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
@@ -1488,7 +1498,10 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\rexcluded_pods\x18\n" +
 	" \x03(\tR\fexcludedPods\x12=\n" +
 	"\vquarantined\x18\v \x03(\v2\x1b.signet.node.v1.QuarantinedR\vquarantined\x121\n" +
-	"\bjwt_keys\x18\f \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\">\n" +
+	"\bjwt_keys\x18\f \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\x12\x1e\n" +
+	"\n" +
+	"distrusted\x18\r \x03(\fR\n" +
+	"distrusted\">\n" +
 	"\x06JWTKey\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
