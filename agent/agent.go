@@ -26,7 +26,6 @@ import (
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/agent/workloadapi"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
-	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/adminserver"
 	"github.com/signet-mesh/signet/internal/proxy/instance"
 	"github.com/signet-mesh/signet/internal/unixsocket"
@@ -97,9 +96,9 @@ type agent struct {
 	probes     *probes // nil outside a cluster
 	client     nodev1.NodeClient
 	workloads  *workloadapi.Server
-	roots      roots            // only reports uses it
-	distrusted []ca.Fingerprint // withdrawn roots whose tunnels were ended; only reports uses it
-	ipv6       bool             // the kernel has IPv6
+	roots      roots    // only reports uses it
+	distrusted []string // withdrawn roots whose tunnels were ended; nil: not read yet; only reports uses it
+	ipv6       bool     // the kernel has IPv6
 
 	connected atomic.Bool   // the control plane's watch is open
 	ready     atomic.Bool   // a state has been taken

@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/signet-mesh/signet/agent/capture"
-	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
@@ -19,27 +18,21 @@ import (
 // certificates and roots by then, or the same tunnels would come back. It is called
 // by the goroutine that reports.
 func (a *agent) distrust(s *nodeState, waits string) {
-	var gone []ca.Fingerprint
+	gone := []string{}
 	for _, f := range s.distrusted {
 		if !slices.Contains(fingerprints(s.bundle), f) {
-			gone = append(gone, f)
+			gone = append(gone, f.String())
 		}
 	}
-	if slices.Equal(gone, a.distrusted) || waits != "" {
-		return
+	if a.distrusted == nil {
+		a.loadDistrusted(gone)
 	}
-	done, known, err := a.loadDistrusted()
-	if err != nil {
-		a.log.Error("which distrusted roots are dealt with cannot be read; tunnels end again", "error", err)
-	}
-	news := slices.ContainsFunc(gone, func(f ca.Fingerprint) bool { return !slices.Contains(done, f.String()) })
-	if known && news && !a.endTunnels(s) {
-		return // again at the next report
-	}
-	if err := a.saveDistrusted(gone); err != nil {
-		a.log.Error("which distrusted roots are dealt with cannot be stored; the next start ends tunnels again", "error", err)
+	news := slices.ContainsFunc(gone, func(f string) bool { return !slices.Contains(a.distrusted, f) })
+	if !news || waits != "" || !a.endTunnels(s) {
+		return // if it is not done, again at the next report
 	}
 	a.distrusted = gone
+	a.saveDistrusted()
 }
 
 func (a *agent) endTunnels(s *nodeState) (done bool) {
@@ -62,20 +55,23 @@ func (a *agent) endTunnels(s *nodeState) (done bool) {
 
 func (a *agent) distrustedFile() string { return filepath.Join(a.cfg.StateDir, "distrusted-roots") }
 
-// loadDistrusted returns the roots that were dealt with; known is false on a node
-// that is new, whose tunnels all began later.
-func (a *agent) loadDistrusted() (done []string, known bool, err error) {
+// loadDistrusted takes up the roots that were dealt with. On a node that is new,
+// whose tunnels all begin later, those are all that there are.
+func (a *agent) loadDistrusted(gone []string) {
 	text, err := os.ReadFile(a.distrustedFile())
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, false, nil
+		a.distrusted = gone
+		a.saveDistrusted()
+		return
 	}
-	return strings.Fields(string(text)), true, err
+	if err != nil {
+		a.log.Error("which distrusted roots are dealt with cannot be read; tunnels end once more", "error", err)
+	}
+	a.distrusted = append([]string{}, strings.Fields(string(text))...)
 }
 
-func (a *agent) saveDistrusted(done []ca.Fingerprint) error {
-	var text strings.Builder
-	for _, f := range done {
-		text.WriteString(f.String() + "\n")
+func (a *agent) saveDistrusted() {
+	if err := wholefile.Write(a.distrustedFile(), []byte(strings.Join(a.distrusted, "\n")+"\n")); err != nil {
+		a.log.Error("which distrusted roots are dealt with cannot be stored; the next start ends tunnels once more", "error", err)
 	}
-	return wholefile.Write(a.distrustedFile(), []byte(text.String()))
 }
