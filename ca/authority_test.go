@@ -176,6 +176,9 @@ func TestOperatorsRoot(t *testing.T) {
 			if !a.Bundle()[0].Equal(root) {
 				t.Error("the operator's root is not the bundle")
 			}
+			if due, ok := a.RootDue(); ok {
+				t.Errorf("the operator's root is to be replaced by itself at %s", due)
+			}
 			issued := issue(t, a, 0)
 			if _, _, err := x509svid.ParseAndVerify(issued.Chain, a); err != nil {
 				t.Error(err)

@@ -56,9 +56,12 @@ func caTemplate(td spiffeid.TrustDomain, cn string, now, notAfter time.Time) (*x
 	}, nil
 }
 
+// rootCN is the common name of the roots that are made here.
+const rootCN = "signet root"
+
 // newRoot makes a self-signed root.
 func newRoot(td spiffeid.TrustDomain, now time.Time, ttl time.Duration) (*pair, error) {
-	tmpl, err := caTemplate(td, "signet root", now, now.Add(ttl))
+	tmpl, err := caTemplate(td, rootCN, now, now.Add(ttl))
 	if err != nil {
 		return nil, err
 	}

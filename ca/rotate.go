@@ -261,10 +261,11 @@ func (a *Authority) RootMade() time.Time {
 }
 
 // RootDue says when the root should be replaced: when two thirds of its life are
-// over.
-func (a *Authority) RootDue() time.Time {
+// over. ok is false for a root that an operator has placed, which is the
+// operator's to replace: others may trust it.
+func (a *Authority) RootDue() (due time.Time, ok bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	c := a.roots.signs.cert
-	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 3 * 2)
+	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 3 * 2), c.Subject.CommonName == rootCN
 }

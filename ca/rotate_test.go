@@ -74,6 +74,9 @@ func TestRotateRoot(t *testing.T) {
 		}
 	}
 	check("signs:1")
+	if due, ok := a.RootDue(); !ok || time.Until(due) < DefaultRootTTL/2 || time.Until(due) > DefaultRootTTL*3/4 {
+		t.Errorf("due at %s, %v", due, ok)
+	}
 	wantError(t, a.SwitchRoot(), "no next root")
 	step(a.PrepareRoot)
 	check("signs:1 next:2")

@@ -46,6 +46,10 @@ func (d *caDoc) Text(t *output.Text) {
 	}
 	t.Line("")
 	t.Table([]output.Column{{Name: "ROOT"}, {Name: "FINGERPRINT"}, {Name: "EXPIRES"}, {Name: "SHA-256", Wide: true}, {Name: "NOT BEFORE", Wide: true}, {Name: "NOT AFTER", Wide: true}}, rows)
+	if !d.Due.IsZero() {
+		t.Line("")
+		t.Line("It is replaced by itself ", until(d.At, d.Due), ".")
+	}
 	rows = nil
 	for _, n := range d.Nodes {
 		style := output.Good

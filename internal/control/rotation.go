@@ -139,7 +139,7 @@ func (r *rotation) step(now time.Time) {
 
 // due says why the root is to be replaced now; empty: it is not.
 func (r *rotation) due(now time.Time) string {
-	if !now.Before(r.authority.RootDue()) {
+	if due, ok := r.authority.RootDue(); ok && !now.Before(due) {
 		return "two thirds of its life are over"
 	}
 	if v := r.view(); v != nil && r.before(v.State.RootNotBefore, now) {
@@ -309,7 +309,10 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	roots := r.authority.Roots()
 	out := adminv1.AuthorityStatus{
 		TrustDomain: r.authority.TrustDomain().Name(), Stage: stageOf(roots), Nodes: r.nodes(roots, now),
-		Due: r.authority.RootDue(), Hurries: r.hurries(roots),
+		Hurries: r.hurries(roots),
+	}
+	if due, ok := r.authority.RootDue(); ok {
+		out.Due = due
 	}
 	for _, root := range roots {
 		c := root.Certificate

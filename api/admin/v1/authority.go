@@ -22,8 +22,9 @@ type AuthorityStatus struct {
 	Roots []RootStatus `json:"roots"`
 	// Nodes are all nodes of the mesh.
 	Nodes []NodeRoots `json:"nodes"`
-	// Due is when the root is replaced by itself.
-	Due time.Time `json:"due"`
+	// Due is when the root is replaced by itself; zero: an operator has placed it,
+	// and replaces it.
+	Due time.Time `json:"due,omitzero"`
 	// Error is why the last step failed; empty: it did not.
 	Error string `json:"error,omitempty"`
 }
