@@ -74,6 +74,9 @@ func TestFirstDials(t *testing.T) {
 			if !from && r.Destination.Workload != in+"/server" {
 				continue
 			}
+			if r.Verdict == "failed" && r.Side == "destination" && r.Transport == "mtls" && r.Source.ID == "" {
+				continue // a tunnel that broke in its handshake, so nobody has proven anything
+			}
 			if r.Transport != "mtls" || r.Source.ID != id(in, "first") || r.Verdict != "allowed" && r.Verdict != "failed" {
 				t.Fatalf("a first instruction was not captured: %+v", r)
 			}
