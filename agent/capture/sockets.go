@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -133,15 +134,9 @@ func (n *NS) ResetEstablished() (int, error) {
 		if len(bypass) == 0 {
 			return total, nil
 		}
-		for _, s := range bypass {
-			err := n.withDiag(func(d *diagConn) error { return d.destroy(s.key) })
-			switch {
-			case err == nil:
-				total++
-			case errors.Is(err, ErrNotFound):
-			default:
-				return total, fmt.Errorf("capture: %s: destroy %s -> %s: %w", n.path, s.Local, s.Remote, err)
-			}
+		ended, err := n.destroy(bypass)
+		if total += ended; err != nil {
+			return total, err
 		}
 	}
 	return total, fmt.Errorf("capture: %s: connections past the proxy keep appearing: is capture applied?", n.path)
@@ -160,11 +155,13 @@ func (n *NS) end(chosen func(*Socket) bool) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	total := 0
-	for _, s := range all {
-		if !chosen(&s) {
-			continue
-		}
+	return n.destroy(slices.DeleteFunc(all, func(s Socket) bool { return !chosen(&s) }))
+}
+
+// destroy ends connections by what was seen of them, and returns how many had not
+// ended by themselves.
+func (n *NS) destroy(sockets []Socket) (total int, err error) {
+	for _, s := range sockets {
 		err := n.withDiag(func(d *diagConn) error { return d.destroy(s.key) })
 		switch {
 		case err == nil:
