@@ -48,10 +48,7 @@ func (r *Relay) Held() (held Held, taken bool) {
 	defer r.mu.Unlock()
 	taken = true
 	for p := range r.proxies {
-		if r.draining(p.instance) && p.refused != "" {
-			continue // see Proxy
-		}
-		taken = taken && p.settled != "" && p.settled == r.merged.version
+		taken = taken && r.hasAll(p)
 	}
 	return r.held, taken
 }

@@ -89,18 +89,23 @@ func (r *Relay) Proxy() (connected, current bool, refused string) {
 	slices.SortFunc(streams, newer)
 	current = true
 	for _, p := range streams {
-		taken := p.settled != "" && p.settled == r.merged.version
+		current = current && r.hasAll(p)
 		if r.draining(p.instance) {
-			current = current && (p.refused != "" || taken)
 			continue
 		}
 		connected = true
-		current = current && taken
 		if refused == "" { // the newest proxy's goes first
 			refused = p.refused
 		}
 	}
 	return connected, connected && current, refused
+}
+
+// hasAll reports whether a proxy has taken everything that the relay has for it, or
+// drains and refuses it. mu is held.
+func (r *Relay) hasAll(p *proxyStream) bool {
+	taken := p.settled != "" && p.settled == r.merged.version
+	return taken || p.refused != "" && r.draining(p.instance)
 }
 
 // Generation counts the streams of proxies so far. What was seen of a proxy at
