@@ -18,9 +18,9 @@ import (
 // certificates and roots by then, or the same tunnels would come back. It is called
 // by the goroutine that reports.
 func (a *agent) distrust(s *nodeState, waits string) {
-	gone := []string{}
+	gone, published := []string{}, fingerprints(s.bundle)
 	for _, f := range s.distrusted {
-		if !slices.Contains(fingerprints(s.bundle), f) {
+		if !slices.Contains(published, f) {
 			gone = append(gone, f.String())
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/signet-mesh/signet/agent/relay"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
 )
@@ -47,21 +46,14 @@ func (a *agent) reportRoots(s *nodeState) *nodev1.Roots {
 	if n := a.workloads.Behind(); n > 0 {
 		waits = append(waits, fmt.Sprintf("%d streams of the Workload API have not been sent the newest certificates and roots yet", n))
 	}
-	chains := chainsOf(held)
-	for _, one := range svids {
+	var chains [][][]byte
+	for _, one := range slices.Concat(held.SVIDs, svids) {
 		chains = append(chains, one.Chain)
 	}
 	if cert, err := a.node.certificate(); err == nil {
 		chains = append(chains, cert.Certificate)
 	}
 	return a.roots.report(s.bundle, chains, waits)
-}
-
-func chainsOf(held relay.Held) (chains [][][]byte) {
-	for _, s := range held.SVIDs {
-		chains = append(chains, s.Chain)
-	}
-	return chains
 }
 
 func sameCerts(a, b []*x509.Certificate) bool {
