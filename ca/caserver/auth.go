@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -22,7 +21,10 @@ import (
 	"github.com/signet-mesh/signet/internal/x509check"
 )
 
-type nodeKey struct{}
+type (
+	nodeKey struct{} // the calling node's name
+	rootKey struct{} // the root that its certificate ends at
+)
 
 // NodeFromContext returns the name of the node that makes the current call,
 // as its verified certificate states it, and false when there is none. It
@@ -65,10 +67,11 @@ func (s *Server) UnaryInterceptor(ctx context.Context, req any, info *grpc.Unary
 	if info.FullMethod == nodev1.Node_Join_FullMethodName {
 		return handler(ctx, req)
 	}
-	name, _, err := s.authenticate(ctx, info.FullMethod)
+	name, c, err := s.authenticate(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
+	ctx = context.WithValue(ctx, rootKey{}, ca.FingerprintOf(c.root))
 	return handler(context.WithValue(ctx, nodeKey{}, name), req)
 }
 
@@ -78,11 +81,11 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	if strings.HasPrefix(info.FullMethod, "/"+nodev1.Replica_ServiceDesc.ServiceName+"/") {
 		return s.toReplica(srv, stream, info, handler)
 	}
-	name, leaf, err := s.authenticate(stream.Context(), info.FullMethod)
+	name, c, err := s.authenticate(stream.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.WithValue(stream.Context(), nodeKey{}, name), leaf.NotAfter.Sub(s.now()))
+	ctx, cancel := context.WithTimeout(context.WithValue(stream.Context(), nodeKey{}, name), c.leaf.NotAfter.Sub(s.now()))
 	defer cancel()
 	var cut atomic.Pointer[string] // the quarantine that ended the stream
 	watched := make(chan struct{})
@@ -130,58 +133,46 @@ func (s *nodeStream) Context() context.Context { return s.ctx }
 // authenticate returns the calling node. It verifies the certificate anew at
 // every call, whatever the TLS layer did: connections outlive certificates
 // and roots.
-func (s *Server) authenticate(ctx context.Context, call string) (string, *x509.Certificate, error) {
-	id, leaf, err := s.caller(ctx, call)
+func (s *Server) authenticate(ctx context.Context, call string) (string, *caller, error) {
+	c, err := s.caller(ctx, call)
 	if err != nil {
 		return "", nil, err
 	}
-	name, ok := ca.NodeName(id)
+	name, ok := ca.NodeName(c.id)
 	if !ok {
-		return "", nil, s.refuse(ctx, call, "", codes.PermissionDenied, "the certificate is for %q, which is not a node; only nodes may call", id)
+		return "", nil, s.refuse(ctx, call, "", codes.PermissionDenied, "the certificate is for %q, which is not a node; only nodes may call", c.id)
 	}
 	if quarantine, cut := s.quarantined(name); cut {
 		return "", nil, s.refuseQuarantined(ctx, call, name, quarantine)
 	}
-	return name, leaf, nil
+	return name, c, nil
+}
+
+// caller is who calls, with a certificate that is good now.
+type caller struct {
+	id         spiffeid.ID
+	leaf, root *x509.Certificate
 }
 
 // caller returns who calls, as its certificate of this instant says.
-func (s *Server) caller(ctx context.Context, call string) (spiffeid.ID, *x509.Certificate, error) {
+func (s *Server) caller(ctx context.Context, call string) (*caller, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no peer")
+		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no peer")
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok {
-		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "not a TLS connection; connect with a node certificate")
+		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "not a TLS connection; connect with a node certificate")
 	}
 	certs := info.State.PeerCertificates
 	if len(certs) == 0 {
-		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
+		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
 	}
-	id, err := x509check.Verify(certs, s.authority, s.now())
+	id, root, err := x509check.VerifyRoot(certs, s.authority, s.now())
 	if err != nil {
-		return spiffeid.ID{}, nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
+		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
 	}
-	return id, certs[0], nil
-}
-
-// rootOfCaller returns the root that the certificate of the current call's
-// connection ends at.
-func (s *Server) rootOfCaller(ctx context.Context) (ca.Fingerprint, bool) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return ca.Fingerprint{}, false
-	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok {
-		return ca.Fingerprint{}, false
-	}
-	_, chains, err := x509svid.Verify(info.State.PeerCertificates, s.authority, x509svid.WithTime(s.now()))
-	if err != nil || len(chains) == 0 || len(chains[0]) == 0 {
-		return ca.Fingerprint{}, false
-	}
-	return ca.FingerprintOf(chains[0][len(chains[0])-1]), true
+	return &caller{id, certs[0], root}, nil
 }
 
 // quarantined names the quarantine that cuts a node off in the newest view.

@@ -18,14 +18,14 @@ const tellReplicas = 500 * time.Millisecond
 // toReplica lets the control plane's own certificate in, and nobody else, until
 // that certificate expires. A node learns nothing about others.
 func (s *Server) toReplica(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	id, leaf, err := s.caller(stream.Context(), info.FullMethod)
+	c, err := s.caller(stream.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	if want := ca.ControlID(s.authority.TrustDomain()); id != want {
-		return s.refuse(stream.Context(), info.FullMethod, "", codes.PermissionDenied, "the certificate is for %q; only %q may call", id, want)
+	if want := ca.ControlID(s.authority.TrustDomain()); c.id != want {
+		return s.refuse(stream.Context(), info.FullMethod, "", codes.PermissionDenied, "the certificate is for %q; only %q may call", c.id, want)
 	}
-	ctx, cancel := context.WithTimeout(stream.Context(), leaf.NotAfter.Sub(s.now()))
+	ctx, cancel := context.WithTimeout(stream.Context(), c.leaf.NotAfter.Sub(s.now()))
 	defer cancel()
 	return handler(srv, &nodeStream{stream, ctx})
 }

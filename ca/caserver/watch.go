@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/ca"
 )
 
 // Watch streams the calling node's part of the newest view: at once, and
@@ -122,7 +123,7 @@ func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1
 	if len(roots.GetTrusted()) > maxRoots || len(roots.GetUsed()) > maxRoots || len(roots.GetWaits()) > maxProblem {
 		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "roots: at most %d of each kind, and %d bytes of what waits", maxRoots, maxProblem)
 	}
-	if root, ok := s.rootOfCaller(ctx); ok && roots != nil {
+	if root, ok := ctx.Value(rootKey{}).(ca.Fingerprint); ok && roots != nil {
 		// This connection ends with the root that its certificate ends at.
 		roots = proto.CloneOf(roots)
 		roots.Used = append(roots.Used, root[:])

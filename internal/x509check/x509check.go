@@ -44,22 +44,28 @@ var (
 // instant now. It may be called with hostile input. With an error the ID, if it
 // is not zero, is what the leaf claims to be, for messages only.
 func Verify(certs []*x509.Certificate, bundle x509bundle.Source, now time.Time) (spiffeid.ID, error) {
+	id, _, err := VerifyRoot(certs, bundle, now)
+	return id, err
+}
+
+// VerifyRoot is Verify, and returns the root that the chain ends at, too.
+func VerifyRoot(certs []*x509.Certificate, bundle x509bundle.Source, now time.Time) (spiffeid.ID, *x509.Certificate, error) {
 	if len(certs) > MaxChain {
-		return spiffeid.ID{}, fmt.Errorf("the chain has %d certificates; at most %d are read", len(certs), MaxChain)
+		return spiffeid.ID{}, nil, fmt.Errorf("the chain has %d certificates; at most %d are read", len(certs), MaxChain)
 	}
-	id, _, err := x509svid.Verify(certs, bundle, x509svid.WithTime(now))
+	id, chains, err := x509svid.Verify(certs, bundle, x509svid.WithTime(now))
 	if err != nil {
-		return id, err
+		return id, nil, err
 	}
 	if err := checkLeaf(certs[0], id); err != nil {
-		return id, fmt.Errorf("certificate of %.256q: %w", id, err)
+		return id, nil, fmt.Errorf("certificate of %.256q: %w", id, err)
 	}
 	for i, c := range certs[1:] {
 		if err := checkAuthority(c); err != nil {
-			return id, fmt.Errorf("certificate %d of the chain: %w", i+1, err)
+			return id, nil, fmt.Errorf("certificate %d of the chain: %w", i+1, err)
 		}
 	}
-	return id, nil
+	return id, chains[0][len(chains[0])-1], nil // a chain that verifies has a root
 }
 
 // checkAuthority holds what comes with a leaf, whether or not the chain needs
