@@ -141,21 +141,14 @@ what still waits is cut off until it has caught up, or has joined again.`,
   signet ca rotate --force    # a node is gone for good and will never answer`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
-				var s adminv1.AuthorityStatus
-				var err error
+			return a.replaceRoot(cmd, noWait, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
 				switch {
 				case c.kube == nil:
-					s, err = c.RotateRoot(ctx, force)
+					return c.RotateRoot(ctx, force)
 				case force:
-					err = usage(errors.New("--force: not in a cluster; delete the Node object of a node that is gone for good"))
-				default:
-					s, err = a.declareRotation(ctx, c, "rootNotBefore")
+					return adminv1.AuthorityStatus{}, usage(errors.New("--force: not in a cluster; delete the Node object of a node that is gone for good"))
 				}
-				if err != nil || noWait {
-					return s, err
-				}
-				return a.followRotation(ctx, c.Client)
+				return a.declareRotation(ctx, c, "rootNotBefore")
 			})
 		},
 	})
@@ -182,18 +175,11 @@ cluster it sets spec.rootDistrustedBefore of the MeshConfig.`,
 			if !yes {
 				return usage(errors.New("all connections through tunnels will end once; say --yes if that is wanted"))
 			}
-			return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
-				var s adminv1.AuthorityStatus
-				var err error
+			return a.replaceRoot(cmd, noWait, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
 				if c.kube == nil {
-					s, err = c.DistrustRoot(ctx)
-				} else {
-					s, err = a.declareRotation(ctx, c, "rootDistrustedBefore")
+					return c.DistrustRoot(ctx)
 				}
-				if err != nil || noWait {
-					return s, err
-				}
-				return a.followRotation(ctx, c.Client)
+				return a.declareRotation(ctx, c, "rootDistrustedBefore")
 			})
 		},
 	})
@@ -218,6 +204,18 @@ func (a *app) withCA(cmd *cobra.Command, ask func(context.Context, *link) (admin
 		return err
 	}
 	return findings(s.Error != "")
+}
+
+// replaceRoot has a replacement of the root begin, and follows it, unless nobody
+// wants to wait.
+func (a *app) replaceRoot(cmd *cobra.Command, noWait bool, begin func(context.Context, *link) (adminv1.AuthorityStatus, error)) error {
+	return a.withCA(cmd, func(ctx context.Context, c *link) (adminv1.AuthorityStatus, error) {
+		s, err := begin(ctx, c)
+		if err != nil || noWait {
+			return s, err
+		}
+		return a.followRotation(ctx, c.Client)
+	})
 }
 
 // beginTime is how long a control plane may take to see an edit of its MeshConfig.
