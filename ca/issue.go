@@ -113,8 +113,9 @@ func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, root
 	return cert, nil
 }
 
-// signer returns the intermediate to sign p with, and its root, after renewing it when it
-// is past half its life or would cut p's lifetime by more than half.
+// signer returns the intermediate to sign p with, and its root, after renewing the
+// intermediate when it is past half its life or would cut p's lifetime by more than
+// half.
 func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root *x509.Certificate, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

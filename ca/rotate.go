@@ -35,6 +35,7 @@ const (
 type Root struct {
 	Role        RootRole
 	Certificate *x509.Certificate
+	Fingerprint Fingerprint // of the certificate
 }
 
 // Fingerprint is the SHA-256 of a certificate.
@@ -56,12 +57,14 @@ var (
 func (a *Authority) Roots() []Root {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	out := []Root{{RootSigns, a.roots.signs.cert}}
+	var out []Root
+	add := func(role RootRole, c *x509.Certificate) { out = append(out, Root{role, c, FingerprintOf(c)}) }
+	add(RootSigns, a.roots.signs.cert)
 	if a.roots.next != nil {
-		out = append(out, Root{RootNext, a.roots.next.cert})
+		add(RootNext, a.roots.next.cert)
 	}
 	for _, c := range a.roots.further {
-		out = append(out, Root{RootFormer, c})
+		add(RootFormer, c)
 	}
 	return out
 }

@@ -21,9 +21,9 @@ type ServerCertificate struct {
 	ttl       time.Duration
 
 	mu      sync.Mutex
-	cert    *tls.Certificate // guarded by mu; replaced whole
-	root    Fingerprint      // guarded by mu; of the root that signed when cert was made
-	renewAt time.Time        // guarded by mu
+	cert    *tls.Certificate  // guarded by mu; replaced whole
+	root    *x509.Certificate // guarded by mu; the root that signed when cert was made
+	renewAt time.Time         // guarded by mu
 }
 
 // ServerCertificate returns a certificate for id that renews itself when it
@@ -50,8 +50,8 @@ func (s *ServerCertificate) Get() (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.authority.now()
-	root := FingerprintOf(s.authority.Roots()[0].Certificate) // before the certificate is made
-	if s.cert != nil && root == s.root && now.Before(s.renewAt) && !now.Before(s.cert.Leaf.NotBefore) {
+	root := s.authority.Bundle()[0] // before the certificate is made
+	if s.cert != nil && root.Equal(s.root) && now.Before(s.renewAt) && !now.Before(s.cert.Leaf.NotBefore) {
 		return s.cert, nil
 	}
 	cert, renewAt, err := s.renew(now)

@@ -200,12 +200,15 @@ func (c *control) serve(ctx context.Context) error {
 	all := func() []caserver.NodeReport { return c.peers.with(nodes.Reports()) }
 	c.rotation = &rotation{
 		authority: authority, reports: all, log: c.log, now: time.Now,
-		view: func() *mesh.View { v, _ := c.feed.Get(); return v },
+		view: c.view,
 	}
 	if c.cfg.Agents != nil {
 		c.rotation.declared = true
-		c.rotation.present = func(name string) bool {
-			return slices.ContainsFunc(c.cfg.Agents(), func(n fanout.Node) bool { return n.Name == name })
+		c.rotation.present = func() (names []string) {
+			for _, n := range c.cfg.Agents() {
+				names = append(names, n.Name)
+			}
+			return names
 		}
 	}
 	g.Go(func() error { c.rotation.run(ctx); return nil })
@@ -236,6 +239,12 @@ func (c *control) serve(ctx context.Context) error {
 	return g.Wait()
 }
 
+// view returns what is in force; nil: nothing is yet.
+func (c *control) view() *mesh.View {
+	v, _ := c.feed.Get()
+	return v
+}
+
 // fanout asks the agents in the control plane's name; nil where there is nobody
 // to ask.
 func (c *control) fanout(authority *ca.Authority, own *ca.ServerCertificate) (*fanout.Fanout, error) {
@@ -251,7 +260,7 @@ func (c *control) fanout(authority *ca.Authority, own *ca.ServerCertificate) (*f
 	}
 	return fanout.New(fanout.Config{
 		Nodes: c.cfg.Agents, TLS: towards,
-		View: func() *mesh.View { v, _ := c.feed.Get(); return v },
+		View: c.view,
 	})
 }
 

@@ -40,8 +40,8 @@ type rotation struct {
 	authority *ca.Authority
 	view      func() *mesh.View
 	reports   func() []caserver.NodeReport
-	// present reports whether a node exists; nil: whoever has called does.
-	present func(node string) bool
+	// present lists the nodes that exist; nil: whoever has called does.
+	present func() []string
 	// declared: operators say in the MeshConfig that the root is to be replaced,
 	// where the API server checks who may.
 	declared bool
@@ -97,7 +97,7 @@ func (r *rotation) step(now time.Time) {
 	if stage != r.stage {
 		r.stage, r.since = stage, now
 	}
-	if v := r.view(); v != nil && r.before(v.State.RootDistrustedBefore, now) && !slices.Contains(r.authority.Distrusted(), ca.FingerprintOf(roots[0].Certificate)) {
+	if v := r.view(); v != nil && r.before(v.State.RootDistrustedBefore, now) && !slices.Contains(r.authority.Distrusted(), roots[0].Fingerprint) {
 		r.took(r.authority.DistrustRoot(), now)
 		return
 	}
@@ -174,7 +174,7 @@ func (r *rotation) quiet(stage adminv1.RotationStage, roots []ca.Root) time.Dura
 // hurries reports whether a root is published that is distrusted.
 func (r *rotation) hurries(roots []ca.Root) bool {
 	distrusted := r.authority.Distrusted()
-	return slices.ContainsFunc(roots, func(root ca.Root) bool { return slices.Contains(distrusted, ca.FingerprintOf(root.Certificate)) })
+	return slices.ContainsFunc(roots, func(root ca.Root) bool { return slices.Contains(distrusted, root.Fingerprint) })
 }
 
 // took notes how a step went. mu is held. That another replica took it is no
@@ -197,15 +197,19 @@ func (r *rotation) nodes(roots []ca.Root, now time.Time) []adminv1.NodeRoots {
 	for i := range reports {
 		byName[reports[i].Node] = &reports[i]
 	}
+	var present []string
+	if r.present != nil {
+		present = r.present()
+	}
 	var out []adminv1.NodeRoots
 	for _, n := range caserver.Nodes(r.view(), reports) {
-		if !n.Connected && r.present != nil && !r.present(n.Name) {
+		if !n.Connected && r.present != nil && !slices.Contains(present, n.Name) {
 			continue // it was removed
 		}
 		one := adminv1.NodeRoots{Name: n.Name, Trusted: []string{}, Used: []string{}}
 		report := byName[n.Name]
 		for _, root := range roots {
-			f := ca.FingerprintOf(root.Certificate)
+			f := root.Fingerprint
 			if report != nil && holds(report.Roots.GetTrusted(), f) {
 				one.Trusted = append(one.Trusted, f.String())
 			}
@@ -239,7 +243,7 @@ func waits(n *caserver.NodeReport, roots []ca.Root, now time.Time) string {
 		return "its agent does not say which roots it trusts; upgrade it"
 	}
 	for _, root := range roots {
-		f := ca.FingerprintOf(root.Certificate)
+		f := root.Fingerprint
 		switch {
 		case root.Role != ca.RootFormer && !holds(n.Roots.GetTrusted(), f):
 			if why := n.Roots.GetWaits(); why != "" {
@@ -294,10 +298,11 @@ func (r *rotation) abandon() error {
 	if r.declared {
 		return errDeclared
 	}
-	if stage := stageOf(r.authority.Roots()); stage != adminv1.RotationPublishing {
+	roots := r.authority.Roots()
+	if stage := stageOf(roots); stage != adminv1.RotationPublishing {
 		return fmt.Errorf("there is no next root to withdraw: the rotation is %s", stage)
 	}
-	if r.hurries(r.authority.Roots()) {
+	if r.hurries(roots) {
 		return errors.New("the root that signs is distrusted, so it has to be replaced")
 	}
 	return r.authority.AbandonRoot()
@@ -317,7 +322,7 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	for _, root := range roots {
 		c := root.Certificate
 		out.Roots = append(out.Roots, adminv1.RootStatus{
-			Fingerprint: ca.FingerprintOf(c).String(), Role: string(root.Role), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+			Fingerprint: root.Fingerprint.String(), Role: string(root.Role), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
 		})
 	}
 	r.mu.Lock()

@@ -197,11 +197,11 @@ func TestRotationIsDeclared(t *testing.T) {
 	// A node that was removed does not hold anything up, one that is away does.
 	x.say(x.authority.Bundle(), x.authority.Bundle()[:1])
 	x.reports[0].Connected = false
-	x.present = func(string) bool { return true }
+	x.present = func() []string { return []string{"one", "two"} }
 	state.RootNotBefore = x.at
 	x.pass(time.Minute)
 	x.want(t, adminv1.RotationPublishing, "while node one is away")
-	x.present = func(name string) bool { return name == "two" }
+	x.present = func() []string { return []string{"two"} }
 	x.say(x.authority.Bundle(), x.authority.Bundle()[:1])
 	x.reports[0].Connected = false
 	x.pass(time.Minute)
