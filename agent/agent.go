@@ -60,6 +60,9 @@ type Config struct {
 type PodConfig struct {
 	// Namespace is the release's own: its pods are never held back.
 	Namespace string
+	// Roots reads the roots that the control plane has published to the cluster,
+	// in PEM; nil: nobody does.
+	Roots func(ctx context.Context) ([]byte, error)
 	// Admin is the TCP address for the control plane's questions, Health that
 	// for kubelet's and for metrics. Empty: not served.
 	Admin, Health string
@@ -96,9 +99,10 @@ type agent struct {
 	probes     *probes // nil outside a cluster
 	client     nodev1.NodeClient
 	workloads  *workloadapi.Server
-	roots      roots    // only reports uses it
-	distrusted []string // withdrawn roots whose tunnels were ended; nil: not read yet; only reports uses it
-	ipv6       bool     // the kernel has IPv6
+	roots      roots     // only reports uses it
+	distrusted []string  // withdrawn roots whose tunnels were ended; nil: not read yet; only reports uses it
+	rejoined   time.Time // when it was last tried; only watch uses it
+	ipv6       bool      // the kernel has IPv6
 
 	connected atomic.Bool   // the control plane's watch is open
 	ready     atomic.Bool   // a state has been taken

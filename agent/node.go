@@ -202,8 +202,13 @@ func (n *nodeIdentity) tryJoin(ctx context.Context) error {
 func (n *nodeIdentity) keep(ctx context.Context, client nodev1.NodeClient) {
 	for {
 		cert, err := n.certificate()
-		if err != nil {
-			return
+		if err != nil { // it is joining again
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Second):
+			}
+			continue
 		}
 		leaf := cert.Leaf
 		wait := max(time.Until(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore)/2)), time.Second)

@@ -263,6 +263,7 @@ func (a *agent) watch(ctx context.Context, client nodev1.NodeClient) {
 		if time.Since(began) > 5*time.Second {
 			wait = 100 * time.Millisecond
 		}
+		a.rejoin(ctx, err)
 		a.log.Warn("the control plane is away; the last known state stays in force", "error", err, "retry", wait)
 		select {
 		case <-ctx.Done():

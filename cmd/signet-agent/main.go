@@ -87,6 +87,12 @@ func runInCluster(ctx context.Context, cfg agent.Config, configMap string) error
 			return err
 		}
 	}
+	if configMap != "" {
+		cfg.Pods.Roots = func(ctx context.Context) ([]byte, error) {
+			data, err := api.ConfigMap(ctx, cfg.Pods.Namespace, configMap)
+			return []byte(data["bundle.pem"]), err
+		}
+	}
 	own := api.DaemonSet(cfg.Pods.Namespace, "signet-agent")
 	var remembering sync.WaitGroup
 	remembering.Go(func() { own.Remember(ctx, cfg.Log) })

@@ -19,6 +19,19 @@ type authority struct {
 	}
 }
 
+// ca runs `kubectl signet ca`.
+func (b *bench) ca(args ...string) (s authority) {
+	b.Helper()
+	out, err := b.command(b.Context(), "kubectl", append([]string{"signet", "ca"}, append(args, "-o", "json")...)...).Output()
+	if err != nil {
+		b.Fatalf("kubectl signet ca %q: %v\n%s", args, err, out)
+	}
+	if err := json.Unmarshal(out, &s); err != nil || len(s.Roots) == 0 {
+		b.Fatalf("%v\n%s", err, out)
+	}
+	return s
+}
+
 // The root is replaced under load, with two replicas of the control plane that
 // share it: nothing fails, nothing breaks, every node ends up with the new root
 // alone, and so does the Secret. Who may only look may not have it replaced.
@@ -61,26 +74,15 @@ func TestRootRotation(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "rootNotBefore") {
 		t.Errorf("who may only look replaces the root: %v\n%s", err, out)
 	}
-	ask := func(args ...string) (s authority) {
-		t.Helper()
-		out, err := b.command(t.Context(), "kubectl", append([]string{"signet", "ca"}, append(args, "-o", "json")...)...).Output()
-		if err != nil {
-			t.Fatalf("kubectl signet ca %q: %v\n%s", args, err, out)
-		}
-		if err := json.Unmarshal(out, &s); err != nil || len(s.Roots) == 0 {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		return s
-	}
-	before := ask("status")
+	before := b.ca("status")
 	began := time.Now()
-	after := ask("rotate")
+	after := b.ca("rotate")
 	t.Logf("the root was replaced within %s", time.Since(began).Round(100*time.Millisecond))
 	if after.Stage != "idle" || len(after.Roots) != 1 || after.Roots[0].Fingerprint == before.Roots[0].Fingerprint {
 		t.Errorf("before %+v, after %+v", before, after)
 	}
 	b.eventually(20*time.Second, func() string { // whichever replica is asked
-		s := ask("status")
+		s := b.ca("status")
 		if s.Stage != "idle" || s.Roots[0] != after.Roots[0] || len(s.Nodes) != 2 {
 			return fmt.Sprintf("%+v", s)
 		}
@@ -104,7 +106,60 @@ func TestRootRotation(t *testing.T) {
 	b.ready()
 	b.waitStatus(l.namespace, allThree)
 	l.judge("the control plane and an agent started again")
-	if s := ask("status"); s.Roots[0] != after.Roots[0] {
+	if s := b.ca("status"); s.Roots[0] != after.Roots[0] {
 		t.Errorf("after a restart %+v, before %+v", s.Roots, after.Roots)
+	}
+}
+
+// A root is distrusted while the agent of a node hangs. Nobody waits for it for
+// long: its node is cut off, and comes back by itself when its agent does, with the
+// roots that are published to the cluster. Tunnels from before end, once.
+func TestDistrust(t *testing.T) {
+	b := open(t)
+	b.controlOn("node1")
+	l := b.load()
+	node2 := b.cluster.Node("node2")
+	b.signal(node2, "signet-agent", "STOP")
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+		defer cancel()
+		_ = node2.Command(ctx, "pkill", "-CONT", "-x", "signet-agent").Run() // it may be another by now
+	})
+	before := b.ca("status")
+	l.since = time.Now()
+	after := b.ca("distrust", "--yes")
+	took := time.Since(l.since)
+	t.Logf("with a node that does not answer the root was replaced within %s", took.Round(100*time.Millisecond))
+	if len(after.Roots) != 1 || after.Roots[0].Fingerprint == before.Roots[0].Fingerprint || took > time.Minute {
+		t.Errorf("%+v after %s", after, took)
+	}
+	b.eventually(20*time.Second, func() string {
+		_, c := l.loads(l.namespace, "near", time.Now().Add(-1500*time.Millisecond))
+		if c.OK == 0 || c.Failed+c.StreamFailed > 0 || c.Streams != streams {
+			return fmt.Sprintf("near is not served again: %+v", c)
+		}
+		return ""
+	})
+	_, near := l.loads(l.namespace, "near", l.since)
+	t.Logf("near: %d new connections, %d failed; %d streams ended", near.OK+near.Failed, near.Failed, near.StreamFailed)
+	if near.StreamFailed < streams {
+		t.Errorf("%d of %d streams from before have ended", near.StreamFailed, streams)
+	}
+	if _, far := l.loads(l.namespace, "far", time.Now().Add(-3*time.Second)); far.OK > 0 {
+		t.Errorf("a node with certificates of the distrusted root is served: %+v", far)
+	}
+
+	// Its token is spent; a new pod has another. What the node keeps is stale.
+	b.signal(node2, "signet-agent", "CONT")
+	back := time.Now()
+	b.kubectl("-n", system, "delete", "pod", b.partOn("agent", "node2"))
+	b.ready()
+	b.waitStatus(l.namespace, allThree)
+	l.steady(time.Minute)
+	t.Logf("the node was back %s after its agent", time.Since(back).Round(time.Second))
+	for _, n := range b.ca("status").Nodes {
+		if want := []string{after.Roots[0].Fingerprint}; fmt.Sprint(n.Trusted, n.Used) != fmt.Sprint(want, want) {
+			t.Errorf("%+v", n)
+		}
 	}
 }
