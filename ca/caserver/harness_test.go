@@ -112,7 +112,7 @@ func newWorld(t *testing.T, edit func(*Config)) *world {
 	}
 	server := grpc.NewServer(w.server.ServerOptions()...)
 	nodev1.RegisterNodeServer(server, w.server)
-	nodev1.RegisterReplicaServer(server, w.server.Replicas())
+	nodev1.RegisterReplicaServer(server, w.server.Replicas(nil))
 	healthv1.RegisterHealthServer(server, healthv1.UnimplementedHealthServer{}) // stands for any other service
 	done := make(chan struct{})
 	go func() {

@@ -2,6 +2,7 @@ package caserver
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -12,8 +13,20 @@ import (
 	"github.com/signet-mesh/signet/ca"
 )
 
-// tellReplicas is how often other replicas are told what has changed.
-const tellReplicas = 500 * time.Millisecond
+// Other replicas are told of a namespace's next step within tellSteps, and of
+// what else has changed every tellReports of these.
+const (
+	tellSteps   = 100 * time.Millisecond
+	tellReports = 5
+)
+
+// Step is how far a replica of the control plane has taken a namespace into the
+// mesh.
+type Step struct {
+	Namespace string
+	Number    int  // from 0, which is outside, to 3, which is as annotated
+	Taken     bool // the nodes that are connected to the replica act by it
+}
 
 // toReplica lets the control plane's own certificate in, and nobody else, until
 // that certificate expires. A node learns nothing about others.
@@ -34,23 +47,34 @@ func (s *Server) toReplica(srv any, stream grpc.ServerStream, info *grpc.StreamS
 type replicas struct {
 	nodev1.UnimplementedReplicaServer
 	server *Server
+	steps  func() []Step
 }
 
 // Replicas returns the service by which other replicas of the control plane
-// learn what this one's nodes report. It is to be registered on a gRPC server
-// made with ServerOptions.
-func (s *Server) Replicas() nodev1.ReplicaServer { return &replicas{server: s} }
+// learn what this one's nodes report, and which steps it has taken; nil: none.
+// It is to be registered on a gRPC server made with ServerOptions.
+func (s *Server) Replicas(steps func() []Step) nodev1.ReplicaServer {
+	if steps == nil {
+		steps = func() []Step { return nil }
+	}
+	return &replicas{server: s, steps: steps}
+}
 
 // Nodes implements nodev1.ReplicaServer.
 func (r *replicas) Nodes(_ *nodev1.NodesRequest, stream grpc.ServerStreamingServer[nodev1.NodesResponse]) error {
-	tick := time.NewTicker(tellReplicas)
+	tick := time.NewTicker(tellSteps)
 	defer tick.Stop()
-	for told := (*nodev1.NodesResponse)(nil); ; {
-		if now := toldOf(r.server.Reports()); told == nil || !proto.Equal(told, now) {
-			if err := stream.Send(now); err != nil {
-				return err
+	var told *nodev1.NodesResponse
+	var toldSteps []Step
+	for n := 0; ; n++ {
+		if steps := r.steps(); n%tellReports == 0 || !slices.Equal(steps, toldSteps) {
+			toldSteps = steps
+			if now := toldOf(r.server.Reports(), steps); told == nil || !proto.Equal(told, now) {
+				if err := stream.Send(now); err != nil {
+					return err
+				}
+				told = now
 			}
-			told = now
 		}
 		select {
 		case <-tick.C:
@@ -60,13 +84,25 @@ func (r *replicas) Nodes(_ *nodev1.NodesRequest, stream grpc.ServerStreamingServ
 	}
 }
 
-func toldOf(reports []NodeReport) *nodev1.NodesResponse {
+func toldOf(reports []NodeReport, steps []Step) *nodev1.NodesResponse {
 	out := &nodev1.NodesResponse{Nodes: make([]*nodev1.NodeReport, 0, len(reports))}
 	for _, n := range reports {
 		out.Nodes = append(out.Nodes, &nodev1.NodeReport{
 			Node: n.Node, Connected: n.Connected, Revision: n.Revision, Workloads: n.Workloads,
 			At: nanos(n.At), Clock: int64(n.Clock), Since: nanos(n.Since), Roots: n.Roots,
 		})
+	}
+	for _, s := range steps {
+		out.Namespaces = append(out.Namespaces, &nodev1.NamespaceStep{Namespace: s.Namespace, Step: uint32(s.Number), Taken: s.Taken})
+	}
+	return out
+}
+
+// StepsOf reads which steps a replica has told of.
+func StepsOf(m *nodev1.NodesResponse) []Step {
+	out := make([]Step, 0, len(m.GetNamespaces()))
+	for _, s := range m.GetNamespaces() {
+		out = append(out, Step{Namespace: s.GetNamespace(), Number: int(s.GetStep()), Taken: s.GetTaken()})
 	}
 	return out
 }

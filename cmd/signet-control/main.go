@@ -125,9 +125,10 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 	if _, port, err := net.SplitHostPort(cfg.Listen); err == nil { // else it is a socket, which no other replica reaches
 		cfg.Replicas = func() []string { return watcher.Replicas(o.namespace, o.identity, port) }
 	}
+	cfg.Steps = watcher.Steps
 	cfg.Agents = func() []fanout.Node { return watcher.Agents(o.namespace) }
 	cfg.Attend = func(ctx context.Context, facts control.Facts) error {
-		watcher.FollowNodes(facts.Own)
+		watcher.FollowNodes(facts.Own, facts.Others)
 		leader := &kube.Leader{
 			Client: client, Namespace: o.namespace, Identity: o.identity, Watcher: watcher,
 			Reports: facts.Reports, Bundle: facts.Bundle, Log: log,

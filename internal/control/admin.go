@@ -126,11 +126,13 @@ func (c *control) metrics() *prometheus.Registry {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 	}
 	gauge("signet_control_policies", "Policies in force.", func() float64 { return float64(c.status().Policies) })
-	gauge("signet_control_nodes_connected", "Nodes that are connected.", func() float64 {
+	gauge("signet_control_nodes_connected", "Nodes that are connected to this replica.", func() float64 {
 		n := 0
-		for _, node := range c.status().Nodes {
-			if node.Connected {
-				n++
+		if nodes := c.nodes.Load(); nodes != nil {
+			for _, r := range nodes.Reports() {
+				if r.Connected {
+					n++
+				}
 			}
 		}
 		return float64(n)

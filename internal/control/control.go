@@ -47,6 +47,8 @@ type Facts struct {
 	// Reports is what the nodes of the mesh say, whichever replica they are
 	// connected to; Own what those say that are connected to this one.
 	Reports, Own func() []caserver.NodeReport
+	// Others is which steps each other replica has taken.
+	Others func() [][]caserver.Step
 	// Bundle returns the roots, and a channel that is closed when they are no
 	// longer current.
 	Bundle func() ([]*x509.Certificate, <-chan struct{})
@@ -80,7 +82,10 @@ type Config struct {
 	// Replicas lists where nodes connect to the other replicas, host:port; nil:
 	// this is the only one.
 	Replicas func() []string
-	Log      *slog.Logger
+	// Steps is how far this one has taken namespaces into the mesh, for the other
+	// replicas; nil: nothing goes in steps. What it returns is not edited later.
+	Steps func() []caserver.Step
+	Log   *slog.Logger
 }
 
 // The places below a state directory.
@@ -122,7 +127,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	c := &control{cfg: cfg, log: cfg.Log, started: make(chan struct{})}
 	if cfg.Replicas != nil {
-		c.peers = &peers{list: cfg.Replicas, log: cfg.Log, told: map[string][]caserver.NodeReport{}}
+		c.peers = &peers{list: cfg.Replicas, log: cfg.Log, told: map[string]peer{}}
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	if cfg.HealthListen != "" {
@@ -168,7 +173,7 @@ func (c *control) serve(ctx context.Context) error {
 	}
 	server := grpc.NewServer(nodes.ServerOptions()...)
 	nodev1.RegisterNodeServer(server, nodes)
-	nodev1.RegisterReplicaServer(server, nodes.Replicas())
+	nodev1.RegisterReplicaServer(server, nodes.Replicas(c.cfg.Steps))
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(server, &xdsserver.Server{Open: c.open, Types: []string{xds.TypeCluster}, Log: c.log})
 	listener, err := listen(c.cfg.Listen)
 	if err != nil {
@@ -232,7 +237,7 @@ func (c *control) serve(ctx context.Context) error {
 	g.Go(func() error { return c.serveAdmin(ctx, admin, agents) })
 	if c.cfg.Attend != nil {
 		g.Go(func() error {
-			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Bundle: authority.BundleUpdates})
+			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Others: c.peers.steps, Bundle: authority.BundleUpdates})
 		})
 	}
 	c.log.Info("control plane serves", "trustDomain", td.Name(), "revision", first.Revision)

@@ -27,14 +27,21 @@ const (
 	maxPeerMessage = 64 << 20
 )
 
-// peers learns from the other replicas what their nodes report.
+// peers learns from the other replicas what their nodes report, and which steps
+// they have taken.
 type peers struct {
 	list func() []string // host:port of the other replicas
 	tls  *tls.Config
 	log  *slog.Logger
 
 	mu   sync.Mutex
-	told map[string][]caserver.NodeReport // guarded by mu; by address
+	told map[string]peer // guarded by mu; by address
+}
+
+// peer is what one replica has told.
+type peer struct {
+	reports []caserver.NodeReport
+	steps   []caserver.Step
 }
 
 // run follows the replicas that there are until ctx ends.
@@ -86,8 +93,8 @@ func (p *peers) follow(ctx context.Context, address string) {
 	defer conn.Close()
 	heard, silent := time.Now(), false
 	for ctx.Err() == nil {
-		err := p.listen(ctx, conn, func(reports []caserver.NodeReport) {
-			if p.put(address, reports); silent {
+		err := p.listen(ctx, conn, func(one peer) {
+			if p.put(address, one); silent {
 				p.log.InfoContext(ctx, "another replica answers again", "replica", address)
 			}
 			heard, silent = time.Now(), false
@@ -105,7 +112,7 @@ func (p *peers) follow(ctx context.Context, address string) {
 }
 
 // listen passes on what a replica says until its stream ends.
-func (p *peers) listen(ctx context.Context, conn *grpc.ClientConn, tell func([]caserver.NodeReport)) error {
+func (p *peers) listen(ctx context.Context, conn *grpc.ClientConn, tell func(peer)) error {
 	stream, err := nodev1.NewReplicaClient(conn).Nodes(ctx, &nodev1.NodesRequest{})
 	if err != nil {
 		return err
@@ -115,14 +122,14 @@ func (p *peers) listen(ctx context.Context, conn *grpc.ClientConn, tell func([]c
 		if err != nil {
 			return err
 		}
-		tell(caserver.ReportsOf(m))
+		tell(peer{caserver.ReportsOf(m), caserver.StepsOf(m)})
 	}
 }
 
-func (p *peers) put(address string, reports []caserver.NodeReport) {
+func (p *peers) put(address string, one peer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.told[address] = reports
+	p.told[address] = one
 }
 
 func (p *peers) forget(address string) {
@@ -139,10 +146,23 @@ func (p *peers) with(own []caserver.NodeReport) []caserver.NodeReport {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	all := [][]caserver.NodeReport{own}
-	for _, reports := range p.told {
-		all = append(all, reports)
+	for _, one := range p.told {
+		all = append(all, one.reports)
 	}
 	return merged(all)
+}
+
+// steps says of each other replica which steps it has taken.
+func (p *peers) steps() (out [][]caserver.Step) {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, one := range p.told {
+		out = append(out, one.steps)
+	}
+	return out
 }
 
 // merged has one report of each node, sorted by name: that of the replica which

@@ -41,6 +41,9 @@ func TestMerged(t *testing.T) {
 	}
 }
 
+// shopStep is what each replica of a test tells of its steps.
+var shopStep = []caserver.Step{{Namespace: "shop", Number: 2, Taken: true}}
+
 // replica is a control plane's server with an authority.
 type replica struct {
 	authority *ca.Authority
@@ -68,7 +71,7 @@ func startReplica(t *testing.T, td spiffeid.TrustDomain, authority *ca.Authority
 	r.address = l.Addr().String()
 	s := grpc.NewServer(r.server.ServerOptions()...)
 	nodev1.RegisterNodeServer(s, r.server)
-	nodev1.RegisterReplicaServer(s, r.server.Replicas())
+	nodev1.RegisterReplicaServer(s, r.server.Replicas(func() []caserver.Step { return shopStep }))
 	done := make(chan struct{})
 	go func() { defer close(done); s.Serve(l) }()
 	r.stop = func() { s.Stop(); <-done }
@@ -108,7 +111,8 @@ func (r *replica) tls(t *testing.T, id spiffeid.ID) *tls.Config {
 	return cfg
 }
 
-// What nodes report to one replica, every replica knows, until that one is gone.
+// What nodes report to one replica, and which steps it has taken, every replica
+// knows, until that one is gone.
 // One that comes back is heard again; one that is no longer listed is not.
 func TestPeers(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("mesh.example")
@@ -135,7 +139,7 @@ func TestPeers(t *testing.T) {
 	}
 	listed := make(chan []string, 1)
 	listed <- []string{other.address}
-	p := &peers{told: map[string][]caserver.NodeReport{}, log: slog.New(slog.DiscardHandler), tls: other.tls(t, ca.ControlID(td)),
+	p := &peers{told: map[string]peer{}, log: slog.New(slog.DiscardHandler), tls: other.tls(t, ca.ControlID(td)),
 		list: func() []string { now := <-listed; listed <- now; return now }}
 	running := make(chan struct{})
 	go func() { defer close(running); p.run(t.Context()) }()
@@ -158,8 +162,14 @@ func TestPeers(t *testing.T) {
 	wait("mine")
 	report(other, "theirs")
 	wait("mine theirs")
+	if got := p.steps(); len(got) != 1 || !slices.Equal(got[0], shopStep) {
+		t.Errorf("the other's steps are %v, want %v", got, shopStep)
+	}
 	other.stop()
 	wait("mine")
+	if got := p.steps(); len(got) != 0 {
+		t.Errorf("one that is gone has steps: %v", got)
+	}
 	other = startReplica(t, td, authority, other.address)
 	defer func() { other.stop() }()
 	report(other, "theirs")

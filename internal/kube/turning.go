@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"cmp"
+	"slices"
 	"time"
 
 	"k8s.io/client-go/tools/cache"
@@ -17,11 +19,13 @@ import (
 //	off | captured, called in plain | captured, called through tunnels | as annotated
 //
 // In the two steps between, pods observe: they take tunnels and plaintext.
-// Joining goes from left to right, leaving from right to left.
+// Joining goes from left to right, leaving from right to left. Replicas of the
+// control plane keep step: none is two steps from another.
 type turn struct {
 	leaving bool
 	tunnels bool      // callers use tunnels
 	since   time.Time // of the step
+	taken   bool      // the nodes that are connected here act by the step
 	// revisions are the views of this step so far.
 	revisions map[string]bool
 }
@@ -70,12 +74,39 @@ func (x *index) runsPods(name string) bool {
 	return false
 }
 
+// inside is the number of the step in which a namespace is as annotated.
+const inside = 3
+
+// number is that of the step, from 0, which is outside.
+func (t *turn) number() int {
+	if t.tunnels {
+		return 2
+	}
+	return 1
+}
+
+// steps is how far each namespace has come that is not outside, sorted by name.
+func (x *index) steps() []caserver.Step {
+	out := make([]caserver.Step, 0, len(x.modes))
+	for name := range x.modes {
+		s := caserver.Step{Namespace: name, Number: inside, Taken: true}
+		if t := x.turns[name]; t != nil {
+			s.Number, s.Taken = t.number(), t.taken
+		}
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b caserver.Step) int { return cmp.Compare(a.Namespace, b.Namespace) })
+	return out
+}
+
 // advance takes the turns that are done with their step to the next one, and
-// marks their namespaces.
-func (x *index) advance(d *dirty, reports []caserver.NodeReport, now time.Time) {
+// marks their namespaces. A step is done when the nodes that are connected here
+// act by it, and every other replica says so of its own, or is further.
+func (x *index) advance(d *dirty, reports []caserver.NodeReport, others [][]caserver.Step, now time.Time) {
 	for name, t := range x.turns {
+		t.taken = x.taken(name, t, reports)
 		age := now.Sub(t.since)
-		if age < leastStep || age < mostStep && !x.taken(name, t, reports) {
+		if age < leastStep || age < mostStep && !(t.taken && t.along(name, others)) {
 			continue
 		}
 		d.namespaces.add(name)
@@ -85,6 +116,24 @@ func (x *index) advance(d *dirty, reports []caserver.NodeReport, now time.Time) 
 		}
 		x.turns[name] = &turn{leaving: t.leaving, tunnels: !t.tunnels, since: now, revisions: map[string]bool{}}
 	}
+}
+
+// along reports whether no other replica is behind with a step.
+func (t *turn) along(name string, others [][]caserver.Step) bool {
+	for _, steps := range others {
+		var other caserver.Step // outside
+		if i, ok := slices.BinarySearchFunc(steps, name, func(s caserver.Step, name string) int { return cmp.Compare(s.Namespace, name) }); ok {
+			other = steps[i]
+		}
+		ahead := other.Number - t.number()
+		if t.leaving {
+			ahead = -ahead
+		}
+		if ahead < 0 || ahead == 0 && !other.Taken {
+			return false
+		}
+	}
+	return true
 }
 
 // taken reports whether every node that is connected acts by a step, and has

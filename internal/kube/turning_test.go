@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -14,12 +15,13 @@ type turning struct {
 	*cluster
 	now      time.Time
 	revision string
+	others   [][]caserver.Step // what other replicas tell
 }
 
 // step advances a while after the last step and describes namespace shop.
 func (c *turning) step(after time.Duration, reports ...caserver.NodeReport) string {
 	c.now = c.now.Add(after)
-	c.advance(c.d, reports, c.now)
+	c.advance(c.d, reports, c.others, c.now)
 	c.update(c.d)
 	c.d = newDirty()
 	v := c.view(settings{td: testDomain}, &documents{})
@@ -97,6 +99,55 @@ func TestTurning_bounds(t *testing.T) {
 	away := c.node(false, "")
 	away.Connected = false
 	c.want("enforce", leastStep, away)
+}
+
+// A replica of the control plane takes no step while another is behind with it,
+// whose nodes would be called through tunnels that they do not take yet, or in
+// plain when they no longer take that. One that is gone is not waited for.
+func TestTurning_replicas(t *testing.T) {
+	c := newTurning(t)
+	other := func(number int, taken bool) {
+		c.others = [][]caserver.Step{{{Namespace: "a", Number: 3, Taken: true}, {Namespace: "shop", Number: number, Taken: taken}, {Namespace: "z", Number: 3, Taken: true}}}
+		if number == 0 {
+			c.others[0] = slices.Delete(c.others[0], 1, 2)
+		}
+	}
+	told := func(number int, taken bool) {
+		t.Helper()
+		if got, want := c.steps(), []caserver.Step{{Namespace: "shop", Number: number, Taken: taken}}; !slices.Equal(got, want) {
+			t.Fatalf("the others are told %v, want %v", got, want)
+		}
+	}
+	c.put(enforced("shop"))
+	c.want("observe plain", 0)
+	told(1, false)
+	c.now = time.Now()
+	other(0, false) // it has not begun
+	c.want("observe plain", leastStep, c.node(true, ""))
+	told(1, true)
+	other(1, false)
+	c.want("observe plain", 0, c.node(true, ""))
+	other(1, true)
+	c.want("observe", 0, c.node(true, ""))
+	c.want("observe", leastStep, c.node(true, ""))
+	other(2, false)
+	c.want("observe", 0, c.node(true, ""))
+	other(3, true) // it is further
+	c.want("enforce", 0, c.node(true, ""))
+	told(3, true)
+
+	c.put(ns("shop"))
+	c.want("observe", 0)
+	c.now = time.Now()
+	c.want("observe", leastStep, c.node(true, "")) // the other is at 3 still
+	other(2, true)
+	c.want("observe plain", 0, c.node(true, ""))
+	c.want("observe plain", leastStep, c.node(true, ""))
+	c.others = nil // it has ended
+	c.want("off", 0, c.node(true, ""))
+	if got := c.steps(); len(got) != 0 {
+		t.Errorf("outside: %v", got)
+	}
 }
 
 // Whoever changes their mind half way goes back by the same steps.

@@ -40,8 +40,15 @@ type Watcher struct {
 	pending *dirty        // guarded by mu
 	wake    chan struct{} // has room for one
 
-	latest  atomic.Pointer[snapshot]
-	reports atomic.Pointer[func() []caserver.NodeReport]
+	latest atomic.Pointer[snapshot]
+	nodes  atomic.Pointer[nodes]
+	steps  atomic.Pointer[[]caserver.Step]
+}
+
+// nodes is who says how far namespaces have come into the mesh.
+type nodes struct {
+	reports func() []caserver.NodeReport // of the nodes that are connected here
+	others  func() [][]caserver.Step     // of each other replica
 }
 
 // snapshot is what the newest view was made of. It is immutable.
@@ -116,8 +123,20 @@ func NewWatcher(client *Client, log *slog.Logger) (*Watcher, error) {
 }
 
 // FollowNodes lets namespaces with running pods join and leave in steps from now
-// on, by what the nodes report. Before, they do so at once.
-func (w *Watcher) FollowNodes(reports func() []caserver.NodeReport) { w.reports.Store(&reports) }
+// on, by what the nodes report that are connected to this replica, and by which
+// steps each other replica has taken. Before, they do so at once.
+func (w *Watcher) FollowNodes(reports func() []caserver.NodeReport, others func() [][]caserver.Step) {
+	w.nodes.Store(&nodes{reports, others})
+}
+
+// Steps is how far this replica has taken namespaces into the mesh, sorted by
+// name. It is not edited later.
+func (w *Watcher) Steps() []caserver.Step {
+	if steps := w.steps.Load(); steps != nil {
+		return *steps
+	}
+	return nil
+}
 
 func (w *Watcher) mark(change func(*dirty)) {
 	w.mu.Lock()
@@ -253,9 +272,9 @@ func (f *follower) step(ctx context.Context, d *dirty) {
 	if f.index == nil {
 		return
 	}
-	if reports := w.reports.Load(); reports != nil {
+	if nodes := w.nodes.Load(); nodes != nil {
 		f.index.gradual = f.view != nil // what was there at the start is not on its way
-		f.index.advance(d, (*reports)(), time.Now())
+		f.index.advance(d, nodes.reports(), nodes.others(), time.Now())
 	}
 	if f.index.update(d) || changed {
 		f.last = time.Now()
@@ -267,6 +286,9 @@ func (f *follower) step(ctx context.Context, d *dirty) {
 		}
 	}
 	f.index.saw(f.view) // a step may be one that changes nothing
+	if steps := f.index.steps(); !slices.Equal(steps, w.Steps()) {
+		w.steps.Store(&steps)
+	}
 	w.latest.Store(&snapshot{view: f.view, documents: f.documents, faults: f.faults, history: f.history, changing: f.index.changing(), notices: f.index.notices()})
 }
 

@@ -40,11 +40,28 @@ type step struct {
 //
 // What it defends: the order of steps in which a namespace joins and leaves.
 func TestEnrolAndLeave(t *testing.T) {
-	b := open(t)
 	rounds := 4
 	if os.Getenv("SIGNET_TEST_LONG") == "1" {
 		rounds = 100
 	}
+	open(t).enrolAndLeave(rounds)
+}
+
+// The same with two replicas of the control plane, each of which tells one of the
+// nodes what to do.
+//
+// What it defends: that replicas keep step.
+func TestEnrolAndLeaveReplicas(t *testing.T) {
+	rounds := 2
+	if os.Getenv("SIGNET_TEST_LONG") == "1" {
+		rounds = 20
+	}
+	b := open(t)
+	b.twoReplicas()
+	b.enrolAndLeave(rounds)
+}
+
+func (b *bench) enrolAndLeave(rounds int) {
 	in, out := b.namespace(""), b.namespace("")
 	b.apply(service(in, "server", "server") + allow(in, "server", allowed))
 	b.startPods(&pod{namespace: in, name: "server", account: "server", node: "node1", args: []string{"serve"}})
@@ -77,7 +94,7 @@ func TestEnrolAndLeave(t *testing.T) {
 		if to == "enforce" {
 			if n := wire.mesh() - before; n > 0 {
 				leaks += n
-				t.Errorf("round %d: %d times what enrolled pods said was in plain on the wire after the status said %q", len(steps)/3+1, n, status)
+				b.Errorf("round %d: %d times what enrolled pods said was in plain on the wire after the status said %q", len(steps)/3+1, n, status)
 			}
 		}
 		s.at = time.Now()
@@ -91,15 +108,15 @@ func TestEnrolAndLeave(t *testing.T) {
 		if n%2 == 1 || n == rounds-1 { // few records at a time: asking must not slow the callers down
 			b.verdicts(in, checked)
 			checked = time.Now().Add(-5 * time.Second)
-			t.Logf("%s: round %d", time.Since(began).Round(time.Second), n+1)
+			b.Logf("%s: round %d", time.Since(began).Round(time.Second), n+1)
 		}
 	}
 	wire.close()
 	plain := wire.mesh()
-	t.Logf("%d rounds in %s; %d packets looked at, %d lost; in plain on the wire: %d times in all, %d of them under enforce",
+	b.Logf("%d rounds in %s; %d packets looked at, %d lost; in plain on the wire: %d times in all, %d of them under enforce",
 		rounds, time.Since(began).Round(time.Second), wire.packets(), wire.lost(), plain, leaks)
 	if plain == 0 || wire.lost() > 0 {
-		t.Error("the look at the wire shows nothing: it finds no plain text while the mesh is off, or has lost packets")
+		b.Error("the look at the wire shows nothing: it finds no plain text while the mesh is off, or has lost packets")
 	}
 	b.judge(pods, steps, began)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,28 +33,48 @@ func (b *bench) ca(args ...string) (s authority) {
 	return s
 }
 
+// twoReplicas has two replicas of the control plane, each with one of the nodes.
+func (b *bench) twoReplicas() {
+	b.Helper()
+	scale := func(ctx context.Context, replicas int) error {
+		return b.command(ctx, "kubectl", "-n", system, "scale", "deployment/signet-control", fmt.Sprintf("--replicas=%d", replicas)).Run()
+	}
+	b.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(b.Context()), time.Minute)
+		defer cancel()
+		if err := scale(ctx, 1); err != nil {
+			b.Error(err)
+		}
+	})
+	if err := scale(b.Context(), 2); err != nil {
+		b.Fatal(err)
+	}
+	b.kubectl("-n", system, "rollout", "status", "deployment/signet-control", "--timeout=2m")
+	var connected []string
+	for range 12 { // which replica an agent finds is chance
+		b.kubectl("-n", system, "delete", "pod", b.partOn("agent", "node1"))
+		b.ready()
+		connected = nil
+		for _, pod := range strings.Fields(b.kubectl("-n", system, "get", "pods", "-l", "app.kubernetes.io/component=control", "-o", "jsonpath={.items[*].metadata.name}")) {
+			for line := range strings.Lines(b.kubectl("get", "--raw", "/api/v1/namespaces/"+system+"/pods/"+pod+":9440/proxy/metrics")) {
+				if n, ok := strings.CutPrefix(line, "signet_control_nodes_connected "); ok {
+					connected = append(connected, strings.TrimSpace(n))
+				}
+			}
+		}
+		if slices.Equal(connected, []string{"1", "1"}) {
+			return
+		}
+	}
+	b.Fatalf("nodes connected to the replicas: %q; want one each", connected)
+}
+
 // The root is replaced under load, with two replicas of the control plane that
 // share it: nothing fails, nothing breaks, every node ends up with the new root
 // alone, and so does the Secret. Who may only look may not have it replaced.
 func TestRootRotation(t *testing.T) {
 	b := open(t)
-	scale := func(ctx context.Context, replicas int) error {
-		return b.command(ctx, "kubectl", "-n", system, "scale", "deployment/signet-control", fmt.Sprintf("--replicas=%d", replicas)).Run()
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
-		defer cancel()
-		if err := scale(ctx, 1); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := scale(t.Context(), 2); err != nil {
-		t.Fatal(err)
-	}
-	b.kubectl("-n", system, "rollout", "status", "deployment/signet-control", "--timeout=2m")
-	// The nodes' agents are spread over the replicas: one has to connect anew.
-	b.kubectl("-n", system, "delete", "pod", b.partOn("agent", "node1"))
-	b.ready()
+	b.twoReplicas()
 	l := b.load()
 	b.setTTL(20 * time.Second)
 	b.eventually(time.Minute, func() string {

@@ -67,6 +67,7 @@ func (*NodesRequest) Descriptor() ([]byte, []int) {
 type NodesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nodes         []*NodeReport          `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Namespaces    []*NamespaceStep       `protobuf:"bytes,2,rep,name=namespaces,proto3" json:"namespaces,omitempty"` // those that are not outside
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -108,6 +109,74 @@ func (x *NodesResponse) GetNodes() []*NodeReport {
 	return nil
 }
 
+func (x *NodesResponse) GetNamespaces() []*NamespaceStep {
+	if x != nil {
+		return x.Namespaces
+	}
+	return nil
+}
+
+// NamespaceStep is how far a replica has taken a namespace into the mesh.
+type NamespaceStep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Step          uint32                 `protobuf:"varint,2,opt,name=step,proto3" json:"step,omitempty"`   // 0: outside; 3: as annotated
+	Taken         bool                   `protobuf:"varint,3,opt,name=taken,proto3" json:"taken,omitempty"` // the nodes connected to the replica act by it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NamespaceStep) Reset() {
+	*x = NamespaceStep{}
+	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NamespaceStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NamespaceStep) ProtoMessage() {}
+
+func (x *NamespaceStep) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NamespaceStep.ProtoReflect.Descriptor instead.
+func (*NamespaceStep) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *NamespaceStep) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *NamespaceStep) GetStep() uint32 {
+	if x != nil {
+		return x.Step
+	}
+	return 0
+}
+
+func (x *NamespaceStep) GetTaken() bool {
+	if x != nil {
+		return x.Taken
+	}
+	return false
+}
+
 // NodeReport is what a node has last said about itself to a replica.
 type NodeReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -125,7 +194,7 @@ type NodeReport struct {
 
 func (x *NodeReport) Reset() {
 	*x = NodeReport{}
-	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -137,7 +206,7 @@ func (x *NodeReport) String() string {
 func (*NodeReport) ProtoMessage() {}
 
 func (x *NodeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[2]
+	mi := &file_api_node_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -150,7 +219,7 @@ func (x *NodeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeReport.ProtoReflect.Descriptor instead.
 func (*NodeReport) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *NodeReport) GetNode() string {
@@ -219,7 +288,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -231,7 +300,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[3]
+	mi := &file_api_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -244,7 +313,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -270,7 +339,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -282,7 +351,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[4]
+	mi := &file_api_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -295,7 +364,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -315,7 +384,7 @@ type NodeSVID struct {
 
 func (x *NodeSVID) Reset() {
 	*x = NodeSVID{}
-	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -327,7 +396,7 @@ func (x *NodeSVID) String() string {
 func (*NodeSVID) ProtoMessage() {}
 
 func (x *NodeSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[5]
+	mi := &file_api_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -340,7 +409,7 @@ func (x *NodeSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSVID.ProtoReflect.Descriptor instead.
 func (*NodeSVID) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NodeSVID) GetChain() [][]byte {
@@ -368,7 +437,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -380,7 +449,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[6]
+	mi := &file_api_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -393,7 +462,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *IssueRequest) GetWorkload() string {
@@ -426,7 +495,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +507,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[7]
+	mi := &file_api_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +520,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IssueResponse) GetChain() [][]byte {
@@ -472,7 +541,7 @@ type IssueJWTRequest struct {
 
 func (x *IssueJWTRequest) Reset() {
 	*x = IssueJWTRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -484,7 +553,7 @@ func (x *IssueJWTRequest) String() string {
 func (*IssueJWTRequest) ProtoMessage() {}
 
 func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[8]
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -497,7 +566,7 @@ func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTRequest.ProtoReflect.Descriptor instead.
 func (*IssueJWTRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *IssueJWTRequest) GetWorkload() string {
@@ -530,7 +599,7 @@ type IssueJWTResponse struct {
 
 func (x *IssueJWTResponse) Reset() {
 	*x = IssueJWTResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -542,7 +611,7 @@ func (x *IssueJWTResponse) String() string {
 func (*IssueJWTResponse) ProtoMessage() {}
 
 func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -555,7 +624,7 @@ func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTResponse.ProtoReflect.Descriptor instead.
 func (*IssueJWTResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *IssueJWTResponse) GetToken() string {
@@ -576,7 +645,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -588,7 +657,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -601,7 +670,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchRequest) GetRevision() string {
@@ -626,7 +695,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +707,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +720,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReportRequest) GetRevision() string {
@@ -694,7 +763,7 @@ type Roots struct {
 
 func (x *Roots) Reset() {
 	*x = Roots{}
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +775,7 @@ func (x *Roots) String() string {
 func (*Roots) ProtoMessage() {}
 
 func (x *Roots) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +788,7 @@ func (x *Roots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Roots.ProtoReflect.Descriptor instead.
 func (*Roots) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Roots) GetTrusted() [][]byte {
@@ -759,7 +828,7 @@ type WorkloadReport struct {
 
 func (x *WorkloadReport) Reset() {
 	*x = WorkloadReport{}
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +840,7 @@ func (x *WorkloadReport) String() string {
 func (*WorkloadReport) ProtoMessage() {}
 
 func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +853,7 @@ func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadReport.ProtoReflect.Descriptor instead.
 func (*WorkloadReport) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WorkloadReport) GetWorkload() string {
@@ -823,7 +892,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +904,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +917,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 // NodeState is all that a node's agent works with.
@@ -884,7 +953,7 @@ type NodeState struct {
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -896,7 +965,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -909,7 +978,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -1013,7 +1082,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1094,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1107,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -1065,7 +1134,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1146,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1159,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Quarantined) GetName() string {
@@ -1123,7 +1192,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1204,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1217,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -1221,7 +1290,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1302,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1315,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -1302,7 +1371,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1383,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +1396,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Capture) GetNetns() string {
@@ -1364,7 +1433,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1445,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1458,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1432,9 +1501,16 @@ var File_api_node_v1_node_proto protoreflect.FileDescriptor
 const file_api_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"\x16api/node/v1/node.proto\x12\x0esignet.node.v1\"\x0e\n" +
-	"\fNodesRequest\"A\n" +
+	"\fNodesRequest\"\x80\x01\n" +
 	"\rNodesResponse\x120\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x1a.signet.node.v1.NodeReportR\x05nodes\"\x81\x02\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1a.signet.node.v1.NodeReportR\x05nodes\x12=\n" +
+	"\n" +
+	"namespaces\x18\x02 \x03(\v2\x1d.signet.node.v1.NamespaceStepR\n" +
+	"namespaces\"W\n" +
+	"\rNamespaceStep\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04step\x18\x02 \x01(\rR\x04step\x12\x14\n" +
+	"\x05taken\x18\x03 \x01(\bR\x05taken\"\x81\x02\n" +
 	"\n" +
 	"NodeReport\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
@@ -1561,62 +1637,64 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_api_node_v1_node_proto_goTypes = []any{
 	(*NodesRequest)(nil),     // 0: signet.node.v1.NodesRequest
 	(*NodesResponse)(nil),    // 1: signet.node.v1.NodesResponse
-	(*NodeReport)(nil),       // 2: signet.node.v1.NodeReport
-	(*JoinRequest)(nil),      // 3: signet.node.v1.JoinRequest
-	(*RenewRequest)(nil),     // 4: signet.node.v1.RenewRequest
-	(*NodeSVID)(nil),         // 5: signet.node.v1.NodeSVID
-	(*IssueRequest)(nil),     // 6: signet.node.v1.IssueRequest
-	(*IssueResponse)(nil),    // 7: signet.node.v1.IssueResponse
-	(*IssueJWTRequest)(nil),  // 8: signet.node.v1.IssueJWTRequest
-	(*IssueJWTResponse)(nil), // 9: signet.node.v1.IssueJWTResponse
-	(*WatchRequest)(nil),     // 10: signet.node.v1.WatchRequest
-	(*ReportRequest)(nil),    // 11: signet.node.v1.ReportRequest
-	(*Roots)(nil),            // 12: signet.node.v1.Roots
-	(*WorkloadReport)(nil),   // 13: signet.node.v1.WorkloadReport
-	(*ReportResponse)(nil),   // 14: signet.node.v1.ReportResponse
-	(*NodeState)(nil),        // 15: signet.node.v1.NodeState
-	(*JWTKey)(nil),           // 16: signet.node.v1.JWTKey
-	(*Quarantined)(nil),      // 17: signet.node.v1.Quarantined
-	(*Workload)(nil),         // 18: signet.node.v1.Workload
-	(*Attest)(nil),           // 19: signet.node.v1.Attest
-	(*Capture)(nil),          // 20: signet.node.v1.Capture
-	(*Policy)(nil),           // 21: signet.node.v1.Policy
+	(*NamespaceStep)(nil),    // 2: signet.node.v1.NamespaceStep
+	(*NodeReport)(nil),       // 3: signet.node.v1.NodeReport
+	(*JoinRequest)(nil),      // 4: signet.node.v1.JoinRequest
+	(*RenewRequest)(nil),     // 5: signet.node.v1.RenewRequest
+	(*NodeSVID)(nil),         // 6: signet.node.v1.NodeSVID
+	(*IssueRequest)(nil),     // 7: signet.node.v1.IssueRequest
+	(*IssueResponse)(nil),    // 8: signet.node.v1.IssueResponse
+	(*IssueJWTRequest)(nil),  // 9: signet.node.v1.IssueJWTRequest
+	(*IssueJWTResponse)(nil), // 10: signet.node.v1.IssueJWTResponse
+	(*WatchRequest)(nil),     // 11: signet.node.v1.WatchRequest
+	(*ReportRequest)(nil),    // 12: signet.node.v1.ReportRequest
+	(*Roots)(nil),            // 13: signet.node.v1.Roots
+	(*WorkloadReport)(nil),   // 14: signet.node.v1.WorkloadReport
+	(*ReportResponse)(nil),   // 15: signet.node.v1.ReportResponse
+	(*NodeState)(nil),        // 16: signet.node.v1.NodeState
+	(*JWTKey)(nil),           // 17: signet.node.v1.JWTKey
+	(*Quarantined)(nil),      // 18: signet.node.v1.Quarantined
+	(*Workload)(nil),         // 19: signet.node.v1.Workload
+	(*Attest)(nil),           // 20: signet.node.v1.Attest
+	(*Capture)(nil),          // 21: signet.node.v1.Capture
+	(*Policy)(nil),           // 22: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
-	2,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
-	13, // 1: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
-	12, // 2: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
-	13, // 3: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
-	12, // 4: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
-	18, // 5: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	21, // 6: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	17, // 7: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	16, // 8: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
-	19, // 9: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	20, // 10: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	3,  // 11: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	4,  // 12: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	6,  // 13: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	8,  // 14: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
-	10, // 15: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	11, // 16: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	0,  // 17: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
-	5,  // 18: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	5,  // 19: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	7,  // 20: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	9,  // 21: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
-	15, // 22: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	14, // 23: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	1,  // 24: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
-	18, // [18:25] is the sub-list for method output_type
-	11, // [11:18] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	3,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
+	2,  // 1: signet.node.v1.NodesResponse.namespaces:type_name -> signet.node.v1.NamespaceStep
+	14, // 2: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
+	13, // 3: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
+	14, // 4: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
+	13, // 5: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
+	19, // 6: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	22, // 7: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	18, // 8: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	17, // 9: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	20, // 10: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	21, // 11: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	4,  // 12: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	5,  // 13: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	7,  // 14: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	9,  // 15: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	11, // 16: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	12, // 17: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	0,  // 18: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
+	6,  // 19: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	6,  // 20: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	8,  // 21: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	10, // 22: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	16, // 23: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	15, // 24: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	1,  // 25: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
+	19, // [19:26] is the sub-list for method output_type
+	12, // [12:19] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1624,14 +1702,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[19].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[20].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

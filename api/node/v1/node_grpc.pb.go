@@ -347,7 +347,8 @@ const (
 // control plane's own certificate.
 type ReplicaClient interface {
 	// Nodes streams what the nodes connected to the called replica have last
-	// reported. Every message is the full set.
+	// reported, and how far it has taken namespaces into the mesh. Every message is
+	// the full set.
 	Nodes(ctx context.Context, in *NodesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[NodesResponse], error)
 }
 
@@ -386,7 +387,8 @@ type Replica_NodesClient = grpc.ServerStreamingClient[NodesResponse]
 // control plane's own certificate.
 type ReplicaServer interface {
 	// Nodes streams what the nodes connected to the called replica have last
-	// reported. Every message is the full set.
+	// reported, and how far it has taken namespaces into the mesh. Every message is
+	// the full set.
 	Nodes(*NodesRequest, grpc.ServerStreamingServer[NodesResponse]) error
 	mustEmbedUnimplementedReplicaServer()
 }
