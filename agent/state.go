@@ -32,6 +32,7 @@ type nodeState struct {
 	distrusted  []ca.Fingerprint            // roots that were ever distrusted
 	jwtKeys     map[string]crypto.PublicKey // by kid
 	ttl         time.Duration
+	keyType     mesh.KeyType
 	workloads   []mesh.Workload
 	modes       map[string]mesh.Mode // by namespace
 	model       *authz.Model
@@ -60,6 +61,10 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 		revision: m.GetRevision(), xdsVersion: m.GetXdsVersion(), trustDomain: td,
 		ttl: time.Duration(m.GetSvidTtlSeconds()) * time.Second, modes: map[string]mesh.Mode{},
 		enrolled: map[string]bool{}, excluded: map[string]bool{},
+	}
+	var known bool
+	if s.keyType, known = mesh.ParseKeyType(m.GetSvidKeyType()); !known {
+		return nil, fmt.Errorf("svid_key_type: %q is not one of %s", m.GetSvidKeyType(), mesh.KeyTypes())
 	}
 	for _, der := range m.GetBundle() {
 		c, err := x509.ParseCertificate(der)

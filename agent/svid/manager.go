@@ -66,6 +66,8 @@ type State struct {
 	Workloads []mesh.Workload
 	// Quarantined names the quarantine that cuts an identity off. Nil: none is.
 	Quarantined func(spiffeid.ID) (quarantine string, cut bool)
+	// KeyType is the kind of key of certificates that are asked for from now on.
+	KeyType mesh.KeyType
 	// TTL is the lifetime the control plane now gives. Certificates that
 	// would outlive it are renewed when it has changed. Zero: not looked at.
 	TTL time.Duration
@@ -90,6 +92,7 @@ type Manager struct {
 	bundle     []*x509.Certificate     // guarded by mu; replaced whole, never edited
 	jwtKeys    *jwtbundle.Bundle       // guarded by mu; replaced whole, never edited
 	ttl        time.Duration           // guarded by mu
+	keyType    mesh.KeyType            // guarded by mu
 	cutOff     cutOff                  // guarded by mu; nil: nobody is
 	known      bool                    // guarded by mu; Update was called
 	holders    map[spiffeid.ID]*holder // guarded by mu
@@ -191,7 +194,7 @@ func (m *Manager) Update(s State) {
 	changed := !m.known || !sameRoots || m.td != s.TrustDomain || !jwtKeys.Equal(m.jwtKeys)
 	newTTL := s.TTL > 0 && s.TTL != m.ttl
 	m.known, m.td, m.bundle, m.ttl, m.jwtKeys = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL, jwtKeys
-	m.cutOff = s.Quarantined
+	m.cutOff, m.keyType = s.Quarantined, s.KeyType
 
 	for id := range m.holders {
 		if _, ok := wanted[id]; !ok {

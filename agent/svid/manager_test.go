@@ -15,6 +15,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // Two workloads with one service account share one certificate and key; the
@@ -246,7 +248,7 @@ func TestIssuerIsNotBelieved(t *testing.T) {
 		{name: "too many", want: "at most", chain: func(_ *issuer, c [][]byte) [][]byte { return slices.Repeat(c, 20) }},
 		{name: "intermediate missing", want: "unknown authority", chain: func(_ *issuer, c [][]byte) [][]byte { return c[:1] }},
 		{name: "another key", want: "another public key", chain: func(is *issuer, _ [][]byte) [][]byte {
-			_, csr, err := newRequest()
+			_, csr, err := newRequest(mesh.KeyECP256)
 			if err != nil {
 				t.Error(err)
 			}

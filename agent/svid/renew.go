@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"fmt"
 	"math/bits"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/internal/mesh"
 )
 
 // lookAround is how often the wall clock is compared with what is due. Timers
@@ -179,9 +182,10 @@ func (m *Manager) obtain(ctx context.Context, h *holder) (*SVID, error) {
 	if h.current != nil {
 		remaining = h.current.NotAfter.Sub(m.now())
 	}
+	keyType := m.keyType
 	m.mu.Unlock()
 
-	key, csr, err := newRequest()
+	key, csr, err := newRequest(keyType)
 	if err != nil {
 		return nil, err
 	}
@@ -232,10 +236,25 @@ func (m *Manager) settle(h *holder, s *SVID, err error) {
 	m.notify()
 }
 
-// newRequest makes a P-256 key and a PKCS#10 request for it. The request
-// names nothing: the issuer knows whom the workload is.
-func newRequest() (crypto.Signer, []byte, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+// makeKey makes a key of a kind. One of RSA costs up to seconds of a processor.
+func makeKey(kind mesh.KeyType) (crypto.Signer, error) {
+	switch kind {
+	case mesh.KeyECP256:
+		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	case mesh.KeyECP384:
+		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case mesh.KeyRSA2048:
+		return rsa.GenerateKey(rand.Reader, 2048)
+	case mesh.KeyRSA4096:
+		return rsa.GenerateKey(rand.Reader, 4096)
+	}
+	return nil, fmt.Errorf("unknown kind %d", kind)
+}
+
+// newRequest makes a key and a PKCS#10 request for it. The request names
+// nothing: the issuer knows whom the workload is.
+func newRequest(kind mesh.KeyType) (crypto.Signer, []byte, error) {
+	key, err := makeKey(kind)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make a key: %w", err)
 	}

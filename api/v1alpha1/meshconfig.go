@@ -45,6 +45,14 @@ type MeshConfigSpec struct {
 	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]+([.][0-9]+)?(ms|s|m|h))+$') && duration(self) >= duration('4s') && duration(self) <= duration('24h')",message="must be a duration from 4s to 24h, such as 1h or 90s"
 	SVIDTTL *metav1.Duration `json:"svidTTL,omitempty"`
 
+	// SVIDKeyType is the kind of key that workload certificates are made for:
+	// "ec-p256" (default), "ec-p384", "rsa-2048" or "rsa-4096". An edit is
+	// followed with each workload's next certificate.
+	// +optional
+	// +kubebuilder:default=ec-p256
+	// +kubebuilder:validation:Enum=ec-p256;ec-p384;rsa-2048;rsa-4096
+	SVIDKeyType string `json:"svidKeyType,omitempty"`
+
 	// UnknownDestinations says what a captured workload may do with a
 	// destination that is no workload or service of the mesh: "plain"
 	// (default; passed through as it is and recorded) or "refuse".

@@ -27,6 +27,7 @@ func nodeState(view *mesh.View, name string, bundle []*x509.Certificate) *nodev1
 		TrustDomain:    view.State.TrustDomain.Name(),
 		Bundle:         rawCerts(bundle),
 		SvidTtlSeconds: int64(ttl / time.Second),
+		SvidKeyType:    view.State.SVIDKeyType.String(),
 	}
 	for namespace, mode := range view.State.Namespaces {
 		if mode != mesh.ModeOff {

@@ -25,6 +25,7 @@ import (
 type settings struct {
 	td                                  spiffeid.TrustDomain
 	ttl                                 time.Duration
+	keyType                             mesh.KeyType
 	refuseUnknown                       bool
 	rootNotBefore, rootDistrustedBefore time.Time
 }
@@ -54,6 +55,10 @@ func parseConfig(in *v1alpha1.MeshConfig) (settings, []string) {
 		if out.ttl = ttl.Duration; out.ttl < minTTL || out.ttl > maxTTL {
 			faults = append(faults, fmt.Sprintf("spec.svidTTL: is %v; use 4s to 24h", out.ttl))
 		}
+	}
+	var known bool
+	if out.keyType, known = mesh.ParseKeyType(in.Spec.SVIDKeyType); !known {
+		faults = append(faults, fmt.Sprintf("spec.svidKeyType: is %q; use one of %s", in.Spec.SVIDKeyType, mesh.KeyTypes()))
 	}
 	if t := in.Spec.RootNotBefore; t != nil {
 		out.rootNotBefore = t.UTC()
@@ -121,7 +126,7 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 // replaced and not edited.
 func (x *index) view(s settings, d *documents) *mesh.View {
 	state := &mesh.State{
-		TrustDomain: s.td, SVIDTTL: s.ttl, RootNotBefore: s.rootNotBefore, RootDistrustedBefore: s.rootDistrustedBefore, RefuseUnknown: s.refuseUnknown,
+		TrustDomain: s.td, SVIDTTL: s.ttl, SVIDKeyType: s.keyType, RootNotBefore: s.rootNotBefore, RootDistrustedBefore: s.rootDistrustedBefore, RefuseUnknown: s.refuseUnknown,
 		Namespaces: x.modes, Plain: x.plain, Excluded: x.excluded,
 		Workloads: x.workloads.values, Services: x.serviceSet.values,
 	}
@@ -130,13 +135,14 @@ func (x *index) view(s settings, d *documents) *mesh.View {
 		Format     int // rises when the same objects come to mean something else
 		Domain     string
 		TTL        time.Duration
+		KeyType    mesh.KeyType `json:",omitempty"`
 		Refuse     bool
 		Root       time.Time
 		Distrusted time.Time
 		Namespaces map[string]mesh.Mode
 		Plain      map[string]bool
 		Excluded   map[string]string
-	}{2, s.td.Name(), s.ttl, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded})
+	}{2, s.td.Name(), s.ttl, s.keyType, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded})
 	if err != nil {
 		panic(fmt.Sprintf("kube: encode revision: %v", err))
 	}

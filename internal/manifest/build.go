@@ -171,6 +171,10 @@ func (b *builder) meshConfig() {
 		}
 		b.state.SVIDTTL = ttl.Duration
 	}
+	var known bool
+	if b.state.SVIDKeyType, known = mesh.ParseKeyType(spec.SVIDKeyType); !known {
+		d.fault(CodeValue, "spec.svidKeyType", "is %q; use one of %s", spec.SVIDKeyType, mesh.KeyTypes())
+	}
 	if t := spec.RootNotBefore; t != nil {
 		b.state.RootNotBefore = t.UTC()
 	}

@@ -62,6 +62,7 @@ func (m Mode) String() string {
 type State struct {
 	TrustDomain spiffeid.TrustDomain
 	SVIDTTL     time.Duration
+	SVIDKeyType KeyType `json:",omitempty"`
 	// RootNotBefore: a root that was made before is to be replaced, once it is
 	// then. Zero: none is.
 	RootNotBefore time.Time

@@ -946,7 +946,9 @@ type NodeState struct {
 	JwtKeys []*JWTKey `protobuf:"bytes,12,rep,name=jwt_keys,json=jwtKeys,proto3" json:"jwt_keys,omitempty"`
 	// SHA-256 of every root that was ever distrusted. Certificates below one are
 	// renewed at once; when it has left the bundle, tunnels from before end.
-	Distrusted    [][]byte `protobuf:"bytes,13,rep,name=distrusted,proto3" json:"distrusted,omitempty"`
+	Distrusted [][]byte `protobuf:"bytes,13,rep,name=distrusted,proto3" json:"distrusted,omitempty"`
+	// The kind of key that workload certificates are made for; empty: ec-p256.
+	SvidKeyType   string `protobuf:"bytes,14,opt,name=svid_key_type,json=svidKeyType,proto3" json:"svid_key_type,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1070,6 +1072,13 @@ func (x *NodeState) GetDistrusted() [][]byte {
 		return x.Distrusted
 	}
 	return nil
+}
+
+func (x *NodeState) GetSvidKeyType() string {
+	if x != nil {
+		return x.SvidKeyType
+	}
+	return ""
 }
 
 type JWTKey struct {
@@ -1557,7 +1566,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
 	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
-	"\x0eReportResponse\"\xa1\x04\n" +
+	"\x0eReportResponse\"\xc5\x04\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
@@ -1577,7 +1586,8 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\bjwt_keys\x18\f \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\x12\x1e\n" +
 	"\n" +
 	"distrusted\x18\r \x03(\fR\n" +
-	"distrusted\">\n" +
+	"distrusted\x12\"\n" +
+	"\rsvid_key_type\x18\x0e \x01(\tR\vsvidKeyType\">\n" +
 	"\x06JWTKey\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
