@@ -123,6 +123,8 @@ var rules = map[string]rule{
 		why: "keeps processes running, whatever they are"},
 	"internal/unixsocket": {outside: []string{unix},
 		why: "opens sockets, whoever serves on them"},
+	"internal/svidfiles": {own: []string{"internal/wholefile"}, outside: []string{spiffe},
+		why: "writes an identity to files, whoever gave it"},
 	"internal/wholefile": {why: "replaces files, whatever is in them"},
 	"internal/x509check": {outside: []string{spiffe}, banned: []string{"net", "net/http", "os", "os/exec"},
 		why: "judges what strangers present; it needs the roots it is given, and the clock"},

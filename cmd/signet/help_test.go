@@ -81,8 +81,11 @@ func TestUnknownFlagsAndArguments(t *testing.T) {
 		if got := runIn(t, t.TempDir(), append(path, "--no-such-flag")...); got.code != exitUsage || !strings.Contains(got.err, "--help") || got.out != "" {
 			t.Errorf("%s --no-such-flag: %+v", c.CommandPath(), got)
 		}
-		if c.Name() == "check" && len(path) == 2 { // takes files
+		switch strings.Join(path, " ") {
+		case "policy check": // takes files
 			path = append(path, "-o", "xml")
+		case "svid files": // takes a directory
+			path = append(path, "--key-mode", "0777")
 		}
 		if got := runIn(t, t.TempDir(), append(path, "no-such-argument")...); got.code != exitUsage || got.out != "" {
 			t.Errorf("%s no-such-argument: %+v", c.CommandPath(), got)
