@@ -156,7 +156,7 @@ func parseJWTKeys(keys []*nodev1.JWTKey) (map[string]crypto.PublicKey, error) {
 
 func parseWorkload(w *nodev1.Workload, node string) (mesh.Workload, mesh.Mode, error) {
 	out := mesh.Workload{
-		Namespace: w.GetNamespace(), Name: w.GetName(), ServiceAccount: w.GetServiceAccount(), Node: node, UID: w.GetUid(),
+		Namespace: w.GetNamespace(), Name: w.GetName(), ServiceAccount: w.GetServiceAccount(), Node: node, UID: w.GetUid(), Hint: w.GetHint(),
 	}
 	mode, ok := mesh.ParseMode(w.GetMode())
 	if !ok || mode == mesh.ModeOff {

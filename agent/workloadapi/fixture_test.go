@@ -258,11 +258,14 @@ func startAgent(t *testing.T, edit func(*agent), rules ...rule) *agent {
 }
 
 // set replaces the node's workloads.
-func (a *agent) set(rules ...rule) {
+func (a *agent) set(rules ...rule) { a.t.Helper(); a.setHinted(nil, rules...) }
+
+// setHinted is set, with hints by workload.
+func (a *agent) setHinted(hints map[string]string, rules ...rule) {
 	var ws []mesh.Workload
 	for i := range rules {
 		r := &rules[i]
-		w := mesh.Workload{Namespace: "default", Name: r.name, ServiceAccount: r.account, ID: sa(r.account), Attest: &r.attest}
+		w := mesh.Workload{Namespace: "default", Name: r.name, ServiceAccount: r.account, ID: sa(r.account), Attest: &r.attest, Hint: hints[r.name]}
 		ws = append(ws, w)
 		a.issuer.set(func(i *issuer) { i.ids[w.Key()] = w.ID })
 	}

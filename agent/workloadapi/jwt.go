@@ -46,17 +46,19 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 	}
 	out := &workload.JWTSVIDResponse{}
 	for _, id := range ids {
-		token, err := s.token(ctx, id, audience)
+		token, err := s.token(ctx, id.ID, audience)
 		if err != nil {
-			return nil, s.tokenError(ctx, p, id, err)
+			return nil, s.tokenError(ctx, p, id.ID, err)
 		}
-		out.Svids = append(out.Svids, &workload.JWTSVID{SpiffeId: id.String(), Svid: token.Token})
+		out.Svids = append(out.Svids, &workload.JWTSVID{SpiffeId: id.String(), Svid: token.Token, Hint: id.hint})
 	}
 	still, err := s.identities(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	if slices.ContainsFunc(ids, func(id spiffeid.ID) bool { return !slices.Contains(still, id) }) {
+	if slices.ContainsFunc(ids, func(id identity) bool {
+		return !slices.ContainsFunc(still, func(other identity) bool { return other.ID == id.ID })
+	}) {
 		return nil, status.Error(codes.PermissionDenied, "an identity of the calling process was taken away meanwhile")
 	}
 	s.log.Debug("gave out tokens", "method", "FetchJWTSVID", "pid", p.PID, "uid", p.UID, "ids", ids, "audience", audience)
@@ -65,7 +67,7 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 
 // wanted returns the caller's identities, or the one that it names if it is one
 // of them. The error is a gRPC status.
-func (s *Server) wanted(ctx context.Context, p *attest.Process, name string) ([]spiffeid.ID, error) {
+func (s *Server) wanted(ctx context.Context, p *attest.Process, name string) ([]identity, error) {
 	var only spiffeid.ID
 	if name != "" {
 		var err error
@@ -77,10 +79,11 @@ func (s *Server) wanted(ctx context.Context, p *attest.Process, name string) ([]
 	if err != nil || name == "" {
 		return ids, err
 	}
-	if !slices.Contains(ids, only) {
+	i := slices.IndexFunc(ids, func(id identity) bool { return id.ID == only })
+	if i < 0 {
 		return nil, status.Errorf(codes.PermissionDenied, "spiffe_id: %s is not an identity of the calling process", only)
 	}
-	return []spiffeid.ID{only}, nil
+	return ids[i : i+1], nil
 }
 
 // token waits a moment for an identity that svid does not hold yet.
@@ -131,7 +134,7 @@ func (s *Server) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc.Serv
 	return follow(s, "FetchJWTBundles", stream, s.jwtBundlesResponse)
 }
 
-func (s *Server) jwtBundlesResponse([]spiffeid.ID) (*workload.JWTBundlesResponse, error) {
+func (s *Server) jwtBundlesResponse([]identity) (*workload.JWTBundlesResponse, error) {
 	bundle := s.svids.JWTBundle()
 	if bundle.Empty() {
 		return nil, fmt.Errorf("the JWT bundle is %w yet", errPending)

@@ -40,7 +40,7 @@ var errPending = errors.New("not there")
 func follow[T any, M interface {
 	*T
 	proto.Message
-}](s *Server, method string, stream grpc.ServerStreamingServer[T], build func([]spiffeid.ID) (M, error)) error {
+}](s *Server, method string, stream grpc.ServerStreamingServer[T], build func([]identity) (M, error)) error {
 	ctx := stream.Context()
 	p, err := process(ctx)
 	if err != nil {
@@ -100,9 +100,15 @@ func follow[T any, M interface {
 	}
 }
 
-// identities attests the process and returns its SPIFFE IDs, at least one,
-// sorted. The error is a gRPC status.
-func (s *Server) identities(ctx context.Context, p *attest.Process) ([]spiffeid.ID, error) {
+// identity is one that a caller has.
+type identity struct {
+	spiffeid.ID
+	hint string // for the caller, which of several it is; empty: none
+}
+
+// identities attests the process and returns its identities, at least one, sorted
+// by SPIFFE ID. A hint is given once. The error is a gRPC status.
+func (s *Server) identities(ctx context.Context, p *attest.Process) ([]identity, error) {
 	if !s.ready() {
 		return nil, unavailable("the agent is starting: it does not know this node's workloads yet")
 	}
@@ -121,26 +127,35 @@ func (s *Server) identities(ctx context.Context, p *attest.Process) ([]spiffeid.
 		}
 		return nil, status.Errorf(codes.PermissionDenied, "no identity issued to process %d of uid %d: %s; the agent's log says more", p.PID, p.UID, why)
 	}
-	ids := make([]spiffeid.ID, len(workloads))
+	ids := make([]identity, len(workloads))
 	for i, w := range workloads {
-		ids[i] = w.ID
+		ids[i] = identity{w.ID, w.Hint}
 	}
-	slices.SortFunc(ids, func(a, b spiffeid.ID) int { return cmp.Compare(a.String(), b.String()) })
-	ids = slices.Compact(ids)
+	slices.SortFunc(ids, func(a, b identity) int { // of one identity, what has a hint first
+		return cmp.Or(cmp.Compare(a.String(), b.String()), cmp.Compare(b.hint, a.hint))
+	})
+	ids = slices.CompactFunc(ids, func(a, b identity) bool { return a.ID == b.ID })
+	given := map[string]bool{}
+	for i := range ids {
+		if given[ids[i].hint] {
+			ids[i].hint = ""
+		}
+		given[ids[i].hint] = true
+	}
 	if len(ids) == 0 { // an attestor never answers so; the specification forbids an empty message
 		return nil, status.Error(codes.PermissionDenied, "no identity issued")
 	}
 	return ids, nil
 }
 
-func (s *Server) svidResponse(ids []spiffeid.ID) (*workload.X509SVIDResponse, error) {
+func (s *Server) svidResponse(ids []identity) (*workload.X509SVIDResponse, error) {
 	bundle := s.bundle()
 	if len(bundle) == 0 {
 		return nil, fmt.Errorf("the trust bundle is %w yet", errPending)
 	}
 	out := &workload.X509SVIDResponse{}
 	for _, id := range ids {
-		c, ok := s.svids.Get(id)
+		c, ok := s.svids.Get(id.ID)
 		if !ok {
 			continue
 		}
@@ -153,6 +168,7 @@ func (s *Server) svidResponse(ids []spiffeid.ID) (*workload.X509SVIDResponse, er
 			X509Svid:    slices.Concat(c.Chain...),
 			X509SvidKey: key,
 			Bundle:      bundle,
+			Hint:        id.hint,
 		})
 	}
 	if len(out.Svids) == 0 {
@@ -161,7 +177,7 @@ func (s *Server) svidResponse(ids []spiffeid.ID) (*workload.X509SVIDResponse, er
 	return out, nil
 }
 
-func (s *Server) bundlesResponse(ids []spiffeid.ID) (*workload.X509BundlesResponse, error) {
+func (s *Server) bundlesResponse(ids []identity) (*workload.X509BundlesResponse, error) {
 	bundle := s.bundle()
 	if len(bundle) == 0 {
 		return nil, fmt.Errorf("the trust bundle is %w yet", errPending)

@@ -31,6 +31,10 @@ type WorkloadEntrySpec struct {
 	// Workload API never gives this identity to anyone.
 	Attest *Attest `json:"attest,omitempty"`
 
+	// Hint tells a process that is given several identities which this one is
+	// for, such as "internal"; the Workload API passes it on. At most 64 bytes.
+	Hint string `json:"hint,omitempty"`
+
 	// Capture puts a network namespace's TCP traffic into the mesh.
 	Capture *Capture `json:"capture,omitempty"`
 }

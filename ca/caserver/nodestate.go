@@ -144,6 +144,7 @@ func workloadMessage(w *mesh.Workload, mode mesh.Mode) *nodev1.Workload {
 		SpiffeId:       w.ID.String(),
 		Mode:           mode.String(),
 		Uid:            w.UID,
+		Hint:           w.Hint,
 	}
 	if a := w.Attest; a != nil {
 		out.Attest = &nodev1.Attest{Path: a.Path, Sha256: a.SHA256, SystemdUnit: a.SystemdUnit, Cgroup: a.Cgroup, PodUid: a.PodUID}

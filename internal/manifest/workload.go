@@ -7,6 +7,7 @@ import (
 	"path"
 	"regexp"
 	"strings"
+	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -51,6 +52,15 @@ func (b *builder) workloadEntries() {
 		}
 		if spec.Attest != nil {
 			w.Attest = attest(d, spec.Attest)
+		}
+		switch {
+		case spec.Hint == "":
+		case spec.Attest == nil:
+			d.fault(CodeUseless, "spec.hint", "is for processes, and the workload has no attest; remove it")
+		default:
+			if d.require("spec.hint", spec.Hint, checkHint) {
+				w.Hint = spec.Hint
+			}
 		}
 		if spec.Capture != nil {
 			w.Capture = b.capture(d, &w, spec.Capture)
@@ -173,4 +183,17 @@ func parseAddr(s string) (netip.Addr, error) {
 		return addr, fmt.Errorf("%q is no address of a single machine that others can reach", s)
 	}
 	return addr, nil
+}
+
+// checkHint accepts what shows in a log and a table as it is.
+func checkHint(hint string) error {
+	if len(hint) > 64 {
+		return fmt.Errorf("has %d bytes; use at most 64", len(hint))
+	}
+	for _, r := range hint {
+		if !unicode.IsGraphic(r) {
+			return fmt.Errorf("%q holds a character that cannot be seen", hint)
+		}
+	}
+	return nil
 }

@@ -94,6 +94,7 @@ type Workload struct {
 	// that are declared and not watched.
 	UID     string
 	Attest  *Attest  // nil: not available over the Workload API
+	Hint    string   `json:",omitempty"` // tells a process with several identities which this is
 	Capture *Capture // nil: not captured
 }
 

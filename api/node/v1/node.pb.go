@@ -1194,7 +1194,8 @@ type Workload struct {
 	Mode           string                 `protobuf:"bytes,5,opt,name=mode,proto3" json:"mode,omitempty"` // enforce or observe
 	Attest         *Attest                `protobuf:"bytes,6,opt,name=attest,proto3" json:"attest,omitempty"`
 	Capture        *Capture               `protobuf:"bytes,7,opt,name=capture,proto3" json:"capture,omitempty"`
-	Uid            string                 `protobuf:"bytes,8,opt,name=uid,proto3" json:"uid,omitempty"` // of the pod; empty for a declared workload
+	Uid            string                 `protobuf:"bytes,8,opt,name=uid,proto3" json:"uid,omitempty"`   // of the pod; empty for a declared workload
+	Hint           string                 `protobuf:"bytes,9,opt,name=hint,proto3" json:"hint,omitempty"` // for a process with several identities, which this is
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1281,6 +1282,13 @@ func (x *Workload) GetCapture() *Capture {
 func (x *Workload) GetUid() string {
 	if x != nil {
 		return x.Uid
+	}
+	return ""
+}
+
+func (x *Workload) GetHint() string {
+	if x != nil {
+		return x.Hint
 	}
 	return ""
 }
@@ -1596,7 +1604,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"identities\x18\x02 \x03(\tR\n" +
-	"identities\"\x8b\x02\n" +
+	"identities\"\x9f\x02\n" +
 	"\bWorkload\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12'\n" +
@@ -1605,7 +1613,8 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x04mode\x18\x05 \x01(\tR\x04mode\x12.\n" +
 	"\x06attest\x18\x06 \x01(\v2\x16.signet.node.v1.AttestR\x06attest\x121\n" +
 	"\acapture\x18\a \x01(\v2\x17.signet.node.v1.CaptureR\acapture\x12\x10\n" +
-	"\x03uid\x18\b \x01(\tR\x03uid\"\xa7\x01\n" +
+	"\x03uid\x18\b \x01(\tR\x03uid\x12\x12\n" +
+	"\x04hint\x18\t \x01(\tR\x04hint\"\xa7\x01\n" +
 	"\x06Attest\x12\x15\n" +
 	"\x03uid\x18\x01 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
