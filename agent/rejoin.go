@@ -22,8 +22,8 @@ func cutOff(err error) bool {
 	switch s := status.Convert(err); s.Code() {
 	case codes.Unauthenticated:
 		return true
-	case codes.Unavailable: // of the handshake; the words are caserver.ClientTLS's
-		return strings.Contains(s.Message(), "control plane's certificate:")
+	case codes.Unavailable: // of the handshake; the words are caserver.ClientTLS's, and crypto/tls's for what the other end said
+		return strings.Contains(s.Message(), "control plane's certificate:") || strings.Contains(s.Message(), "remote error: tls:")
 	}
 	return false
 }

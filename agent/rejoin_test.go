@@ -23,6 +23,7 @@ func TestCutOff(t *testing.T) {
 	for err, want := range map[error]bool{
 		status.Error(codes.Unauthenticated, "client certificate: x509: unknown authority"):                                                                     true,
 		status.Error(codes.Unavailable, "connection error: desc = \"transport: authentication handshake failed: control plane's certificate: x509: unknown\""): true,
+		status.Error(codes.Unavailable, "connection error: desc = \"error reading server preface: remote error: tls: bad certificate\""):                       true,
 		status.Error(codes.Unavailable, "connection refused"):                                                                                                  false,
 		status.Error(codes.PermissionDenied, "node \"one\" is cut off by quarantine \"q\""):                                                                    false,
 		errors.New("a state that makes no sense was not taken"):                                                                                                false,
