@@ -439,6 +439,7 @@ func (b *bench) audit(args ...string) []record {
 		if records, missing := b.auditOnce(args...); missing == "" {
 			return records
 		}
+		time.Sleep(2 * time.Second)
 	}
 	records, missing := b.auditOnce(args...)
 	if missing != "" {
@@ -447,7 +448,7 @@ func (b *bench) audit(args ...string) []record {
 	return records
 }
 
-// auditOnce also says which nodes did not answer.
+// auditOnce also says which nodes did not answer, or that the control plane did not.
 func (b *bench) auditOnce(args ...string) (records []record, missing string) {
 	b.Helper()
 	ctx, cancel := context.WithTimeout(b.Context(), time.Minute)
@@ -463,6 +464,9 @@ func (b *bench) auditOnce(args ...string) (records []record, missing string) {
 	var doc struct {
 		Records []record `json:"records"`
 		Missing []struct{ Node, Error string }
+	}
+	if exit != nil && len(out) == 0 { // the control plane is away
+		return nil, said.String()
 	}
 	if err := json.Unmarshal(out, &doc); err != nil {
 		b.Fatalf("kubectl signet audit %q: %v: %v\n%s\n%s", args, exit, err, said.String(), tail(out, 4096))

@@ -107,7 +107,7 @@ func TestChurn(t *testing.T) {
 func TestChurnWatchDelayed(t *testing.T) {
 	n := 40
 	if os.Getenv("SIGNET_TEST_LONG") == "1" {
-		n = 200
+		n = 1000
 	}
 	c := newChurn(open(t))
 	c.linger = 12 * time.Second // signet-cni waits for an agent that stands still
