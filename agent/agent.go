@@ -23,10 +23,12 @@ import (
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
 	"github.com/signet-mesh/signet/agent/relay"
+	"github.com/signet-mesh/signet/agent/sdkapi"
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/agent/workloadapi"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/internal/adminserver"
+	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/proxy/instance"
 	"github.com/signet-mesh/signet/internal/unixsocket"
 )
@@ -178,11 +180,14 @@ func (a *agent) serve(ctx context.Context) error {
 	a.client = nodev1.NewNodeClient(conn)
 	proxy := grpc.NewServer()
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(proxy, a.relay.Server())
+	g, ctx := errgroup.WithContext(ctx)
+	sdks := sdkapi.New(sdkapi.Config{
+		Attestor: a.attestor, Caller: workloadapi.Caller, Rules: a.sdkRules, Store: a.store, Stopping: ctx.Done(), Log: a.log,
+	})
 	a.workloads = workloadapi.New(workloadapi.Config{
-		SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Log: a.log,
+		SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Beside: sdks.Register, Log: a.log,
 	})
 
-	g, ctx := errgroup.WithContext(ctx)
 	run := func(f func(context.Context)) {
 		g.Go(func() error { f(ctx); return nil })
 	}
@@ -195,6 +200,7 @@ func (a *agent) serve(ctx context.Context) error {
 		}
 	}
 	g.Go(func() error { return a.workloads.Serve(ctx, workloadSocket) })
+	run(sdks.Run)
 	g.Go(func() error { return a.tailer.Run(ctx) })
 	g.Go(func() error { return a.svids.Run(ctx) })
 	run(a.relay.FollowKeys)
@@ -262,6 +268,17 @@ func (a *agent) uid(workload string) string {
 		return w.UID
 	}
 	return ""
+}
+
+// sdkRules is what workloads that decide for themselves decide by.
+func (a *agent) sdkRules() (sdkapi.Rules, bool) {
+	a.mu.Lock()
+	s := a.state
+	a.mu.Unlock()
+	if s == nil {
+		return sdkapi.Rules{}, false
+	}
+	return sdkapi.Rules{TrustDomain: s.trustDomain, Model: s.model, Mode: func(namespace string) mesh.Mode { return s.modes[namespace] }}, true
 }
 
 func svidState(s *nodeState) svid.State {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/agent/sdkapi"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
@@ -50,6 +51,9 @@ func newLive(log *slog.Logger) *live {
 func (l *live) load(ctx context.Context, store *audit.Store) error {
 	open := true
 	return store.Query(ctx, audit.Filter{Open: &open, Side: audit.Destination}, func(r audit.Record) error {
+		if sdkapi.Owns(&r) {
+			return nil // its workload ends it
+		}
 		e := audit.Event{Record: r}
 		l.see(&e)
 		return nil

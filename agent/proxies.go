@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/sdkapi"
 	"github.com/signet-mesh/signet/internal/proxy/instance"
 )
 
@@ -58,7 +59,7 @@ func (a *agent) closeLost(ctx context.Context, living []instance.Instance, looke
 	since := epochs(living)
 	lost := map[string]bool{}
 	n, err := a.store.CloseOpen(ctx, "proxy-lost", looked, func(r audit.Record) bool {
-		if epoch, ok := since[r.Proxy]; ok && !r.Start.Before(epoch) || r.Start.After(looked) {
+		if epoch, ok := since[r.Proxy]; ok && !r.Start.Before(epoch) || r.Start.After(looked) || sdkapi.Owns(&r) {
 			return false
 		}
 		lost[r.ID] = true

@@ -42,6 +42,8 @@ var rules = map[string]rule{
 		why: "users' documents are read by tools that want nothing else of the mesh"},
 	"api/node/v1": {outside: []string{grpc, protobuf},
 		why: "generated; a protocol knows no implementation"},
+	"api/sdk/v1": {outside: []string{grpc, protobuf},
+		why: "generated; a protocol knows no implementation"},
 	"api/admin/v1": {own: []string{"authz"},
 		why: "what the sockets answer is in the words of authz, and is read by programs that run no mesh"},
 
@@ -91,6 +93,11 @@ var rules = map[string]rule{
 		why: "private keys live here; nothing that talks to the network's other side is near them"},
 	"agent/workloadapi": {own: []string{"agent/attest", "agent/svid", "internal/jwtcheck", "internal/mesh"}, outside: []string{spiffe, grpc, protobuf, unix, "golang.org/x/time/rate"},
 		why: "any process on the machine can call it, so it holds little: attest says who, svid has what"},
+
+	"agent/sdkapi": {own: []string{"agent/attest", "agent/audit", "api/sdk/v1", "authz", "internal/mesh"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"}, banned: []string{"net", "net/http", "os", "os/exec"},
+		why: "any process on the machine can call it: attest says who, audit keeps what; it decides nothing"},
+	"sdk": {own: []string{"api/sdk/v1", "authz", "internal/x509check"}, outside: []string{spiffe, grpc, protobuf},
+		why: "part of users' programs, so it brings little along; it decides as the mesh does, with authz and x509check"},
 
 	"internal/adminclient": {own: []string{"agent/audit", "api/admin/v1"},
 		why: "asks a running mesh; it must not be able to answer for it"},

@@ -109,6 +109,11 @@ func (s *Store) Append(ctx context.Context, events []Event, pos Position) error 
 	return s.append(ctx, events, nil, &pos)
 }
 
+// Add stores events that come from no spool, in one durable transaction.
+func (s *Store) Add(ctx context.Context, events []Event) error {
+	return s.append(ctx, events, nil, nil)
+}
+
 // append stores events, gaps and, unless nil, a position.
 func (s *Store) append(ctx context.Context, events []Event, gaps []Gap, pos *Position) error {
 	for _, e := range events {

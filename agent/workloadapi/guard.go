@@ -4,7 +4,6 @@ import (
 	"context"
 	"strings"
 
-	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -37,7 +36,7 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 // admit checks the header and counts the call; done ends the count. It holds
 // for every service on the socket, except that reflection needs no header.
 func (s *Server) admit(ctx context.Context, method string) (done func(), err error) {
-	if strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/") {
+	if !strings.HasPrefix(method, "/grpc.reflection.") {
 		md, _ := metadata.FromIncomingContext(ctx)
 		if v := md.Get(header); len(v) != 1 || v[0] != "true" {
 			return nil, status.Errorf(codes.InvalidArgument, "the metadata %q is missing or not \"true\"; a Workload API client must send it", header)

@@ -87,6 +87,9 @@ func (p *peerCreds) Clone() credentials.TransportCredentials { c := *p; return &
 // server name.
 func (*peerCreds) OverrideServerName(string) error { return nil }
 
+// Caller returns the process that a call on the server's socket comes from.
+func Caller(ctx context.Context) (*attest.Process, error) { return process(ctx) }
+
 // process returns the process that a call comes from.
 func process(ctx context.Context) (*attest.Process, error) {
 	p, ok := peer.FromContext(ctx)

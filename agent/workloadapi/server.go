@@ -63,6 +63,9 @@ type Config struct {
 	// PerUID bounds the open connections, and the open calls, of one user id.
 	// 0 means DefaultPerUID.
 	PerUID int
+	// Beside registers what else is served on the socket, to the same callers
+	// within the same bounds. Nil: nothing.
+	Beside func(grpc.ServiceRegistrar)
 }
 
 // Server is the Workload API of one node.
@@ -74,6 +77,7 @@ type Server struct {
 	ready    func() bool
 	log      *slog.Logger
 	perUID   int
+	beside   func(grpc.ServiceRegistrar)
 	stopping chan struct{} // closed when Serve is told to end
 	calls    counter
 	refusals *rate.Limiter // of log lines, which strangers cause
@@ -122,6 +126,7 @@ func New(c Config) *Server {
 	s := &Server{
 		svids: c.SVIDs, attestor: c.Attestor, ready: c.Ready, log: c.Log,
 		perUID:   cmp.Or(c.PerUID, DefaultPerUID),
+		beside:   c.Beside,
 		stopping: make(chan struct{}), streams: map[*follower]bool{},
 		refusals: rate.NewLimiter(10, 50),
 	}
@@ -147,6 +152,9 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		grpc.WaitForHandlers(true),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(srv, s)
+	if s.beside != nil {
+		s.beside(srv)
+	}
 	reflection.Register(srv)
 
 	var wg sync.WaitGroup
