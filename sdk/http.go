@@ -60,7 +60,7 @@ func (m *Mesh) ServeHTTP(ctx context.Context, inner net.Listener, h http.Handler
 	if err != nil {
 		err = srv.Close()
 	}
-	<-ended
+	_ = <-ended // http.ErrServerClosed
 	return err
 }
 

@@ -214,6 +214,6 @@ func (m *Mesh) take(r *rules, why string) {
 	open := m.conns()
 	m.mu.Unlock()
 	for _, c := range open {
-		c.judge()
+		_ = c.judge() // the connection says so itself
 	}
 }

@@ -1,0 +1,103 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/test/harness"
+)
+
+// TestSDKExample: examples/sdk does what its comment says, as two workloads that
+// are two users.
+func TestSDKExample(t *testing.T) {
+	// In a place that every user has a way to.
+	dir, err := os.MkdirTemp("/run", "sdk-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	exe := filepath.Join(dir, "sdk")
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", exe, "../../examples/sdk").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	documents := harness.Config("1h") + harness.Namespace("shop", "enforce")
+	uids := map[string]uint32{"ledger": 61101, "billing": 61102, "other": 61103}
+	for name, uid := range uids {
+		documents += fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+kind: WorkloadEntry
+metadata: {name: %[1]s, namespace: shop}
+spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
+---
+`, name, uid, exe)
+	}
+	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": documents}})
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	command := func(as string, args ...string) *exec.Cmd {
+		c := exec.CommandContext(ctx, exe, args...)
+		c.Dir, c.Env = "/", []string{"SPIFFE_ENDPOINT_SOCKET=unix://" + filepath.Join(m.RunDir, "api", "agent.sock")}
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uids[as], Gid: uids[as]}}
+		c.Stderr = &bytes.Buffer{}
+		return c
+	}
+	server := command("ledger", "serve", "127.0.0.1:0")
+	out, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatalf("%v: %s", err, server.Stderr)
+	}
+	id, address, _ := strings.Cut(strings.TrimSpace(line), " listens on ")
+	if id != sa("ledger") {
+		t.Fatalf("the server says %q", line)
+	}
+	_, text, err := net.SplitHostPort(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Edit("mesh.yaml", documents+harness.Allow("shop", "billing-to-ledger", "ledger", []int{port}, "billing"))
+	call := func(as string) (string, error) {
+		c := command(as, "call", address, id)
+		got, err := c.Output()
+		return string(got) + fmt.Sprint(c.Stderr), err
+	}
+	m.Eventually(10*time.Second, "the policy to be in force", func() error {
+		got, err := call("billing")
+		if err == nil && got != "hello "+sa("billing")+"\n" {
+			err = fmt.Errorf("the client prints %q", got)
+		}
+		return err
+	})
+	if got, err := call("other"); err == nil || !strings.Contains(got, "refused by the destination") {
+		t.Errorf("whom no policy names: %q, %v", got, err)
+	}
+	if err := server.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Wait(); err != nil {
+		t.Errorf("the server ended with %v: %s", err, server.Stderr)
+	}
+}
