@@ -96,6 +96,7 @@ type Mesh struct {
 	wg      sync.WaitGroup
 
 	mu     sync.Mutex
+	picked spiffeid.ID    // guarded by mu; whom certificates are taken of; zero: the first
 	rules  *rules         // guarded by mu; nil: refuse everything
 	why    string         // guarded by mu; why there are no rules
 	open   map[*Conn]bool // guarded by mu
@@ -121,7 +122,7 @@ func Open(ctx context.Context, options ...Option) (*Mesh, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, openWait)
 	defer cancel()
-	m := &Mesh{id: c.id, dial: c.dial, log: c.log, session: make([]byte, 16), first: make(chan struct{}), open: map[*Conn]bool{}}
+	m := &Mesh{picked: c.id, dial: c.dial, log: c.log, session: make([]byte, 16), first: make(chan struct{}), open: map[*Conn]bool{}}
 	m.why = "default deny: no policy is in force yet"
 	_, _ = rand.Read(m.session) // never fails
 	var err error
@@ -166,8 +167,10 @@ func (m *Mesh) pick(svids []*x509svid.SVID) *x509svid.SVID {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, s := range svids {
-		if m.id.IsZero() || s.ID == m.id {
-			m.id = s.ID
+		if m.picked.IsZero() {
+			m.picked = s.ID
+		}
+		if s.ID == m.picked {
 			return s
 		}
 	}
