@@ -215,6 +215,7 @@ manifests-check: ## Check that the chart's copies and deploy/manifests are up to
 .PHONY: bench
 bench: root tools build ## Measure the mesh against raw TCP, static Envoy and ztunnel (ZTUNNEL=PATH)
 	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(ZTUNNEL)" $(GO) run ./test/bench $(BENCHFLAGS)
+	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -run='^$$' -bench='BenchmarkSDK|BenchmarkDecide' ./sdk/ ./test/e2e/
 
 .PHONY: interop
 interop: root tools build ## Run calls between this mesh and a ztunnel, ZTUNNEL=PATH

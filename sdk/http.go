@@ -60,7 +60,9 @@ func (m *Mesh) ServeHTTP(ctx context.Context, inner net.Listener, h http.Handler
 	if err != nil {
 		err = srv.Close()
 	}
-	_ = <-ended // http.ErrServerClosed
+	if why := <-ended; !errors.Is(why, http.ErrServerClosed) {
+		err = errors.Join(err, why)
+	}
 	return err
 }
 

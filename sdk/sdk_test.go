@@ -113,3 +113,17 @@ func TestEventsAreBounded(t *testing.T) {
 		t.Errorf("%d in the queue, %d lost", len(r.queue), r.lost)
 	}
 }
+
+// What authorization adds to a handshake.
+func BenchmarkDecide(b *testing.B) {
+	r, err := parse(protected("enforce"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	m, from := &Mesh{rules: r}, id("client")
+	for b.Loop() {
+		if m.decide(true, from, 8443).refuses() {
+			b.Fatal("refused")
+		}
+	}
+}

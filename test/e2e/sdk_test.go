@@ -28,6 +28,10 @@ func sdkWorkload(t *testing.T, name string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return sdkEntry(name, exe)
+}
+
+func sdkEntry(name, exe string) string {
 	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
 kind: WorkloadEntry
 metadata: {name: %[1]s, namespace: shop}

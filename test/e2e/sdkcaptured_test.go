@@ -28,8 +28,9 @@ func TestSDKCaptured(t *testing.T) {
 	documents := harness.Config("1h") + harness.Namespace("shop", "enforce") +
 		harness.Allow("shop", "allow-client", "server", []int{8443}, "client")
 	pods := map[string]string{"client": "10.88.0.10", "server": "10.88.0.12"}
+	var entries strings.Builder
 	for name, address := range pods {
-		documents += fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+		fmt.Fprintf(&entries, `apiVersion: signet.dev/v1alpha1
 kind: WorkloadEntry
 metadata: {name: %[1]s, namespace: shop}
 spec:
@@ -39,6 +40,7 @@ spec:
 ---
 `, name, address, os.Geteuid(), exe)
 	}
+	documents += entries.String()
 	m := harness.Start(t, harness.Options{Pods: pods, Documents: map[string]string{"mesh.yaml": documents}})
 	open := func(name string) *sdk.Mesh {
 		t.Helper()

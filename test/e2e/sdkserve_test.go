@@ -93,6 +93,44 @@ func TestSDKThroughFaults(t *testing.T) {
 	})
 }
 
+// TestSDKOutlivesProxy: a proxy that dies has nothing to do with the connections
+// of programs with the SDK.
+//
+// What it defends: that the agent does not close their records with the proxy's.
+func TestSDKOutlivesProxy(t *testing.T) {
+	m := startSDK(t, "1h")
+	l := m.serve(t)
+	m.Edit("mesh.yaml", m.base+harness.Allow("shop", "allow-client", "server", []int{sdkPort(l)}, "client"))
+	var c *sdk.Conn
+	m.Eventually(5*time.Second, "the policy to be in force", func() (err error) {
+		c, err = m.open(t.Context(), m.client, l)
+		return err
+	})
+	defer c.Close()
+	open := func() error {
+		n := 0
+		for _, r := range m.Records(adminclient.AuditQuery{Verdicts: []audit.Verdict{audit.Allowed}}) {
+			if r.End.IsZero() {
+				n++
+			}
+		}
+		if n != 2 {
+			return fmt.Errorf("%d records are open; want 2", n)
+		}
+		return nil
+	}
+	m.Eventually(5*time.Second, "both ends to be open in the audit", open)
+	m.Kill("envoy")
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if err := open(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := word(c); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestSDKServers: HTTP and gRPC, whose servers know who calls, and whose callers
 // whom no policy names get no answer.
 func TestSDKServers(t *testing.T) {
