@@ -19,6 +19,7 @@ import (
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/bundle"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/wholefile"
 )
@@ -31,6 +32,7 @@ type nodeState struct {
 	bundle      []*x509.Certificate
 	distrusted  []ca.Fingerprint            // roots that were ever distrusted
 	jwtKeys     map[string]crypto.PublicKey // by kid
+	foreign     []*bundle.Bundle            // of other trust domains, sorted by name
 	ttl         time.Duration
 	keyType     mesh.KeyType
 	workloads   []mesh.Workload
@@ -80,6 +82,9 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 		s.distrusted = append(s.distrusted, ca.Fingerprint(b))
 	}
 	if s.jwtKeys, err = parseJWTKeys(m.GetJwtKeys()); err != nil {
+		return nil, err
+	}
+	if s.foreign, err = parseForeign(td, m.GetForeignBundles()); err != nil {
 		return nil, err
 	}
 	for _, w := range m.GetWorkloads() {

@@ -29,13 +29,19 @@ const (
 // of their fields. What is given by namespace or service account belongs to
 // the trust domain td.
 func Compile(td spiffeid.TrustDomain, docs []v1alpha1.AllowPolicy, quarantines ...v1alpha1.Quarantine) (*Model, []Diagnostic) {
+	return Domains{Own: td}.Compile(docs, quarantines...)
+}
+
+// Compile is the function Compile, for a mesh that others are federated with:
+// documents may name their identities too, as SPIFFE IDs.
+func (d Domains) Compile(docs []v1alpha1.AllowPolicy, quarantines ...v1alpha1.Quarantine) (*Model, []Diagnostic) {
 	var (
 		policies    []Policy
 		diagnostics []Diagnostic
 	)
 	seen := map[[2]string]bool{}
 	for i := range docs {
-		c := compiler{td: td, doc: &docs[i]}
+		c := compiler{domains: d, td: d.Own, doc: &docs[i]}
 		c.metadata(seen)
 		c.target()
 		c.ports()
@@ -45,12 +51,13 @@ func Compile(td spiffeid.TrustDomain, docs []v1alpha1.AllowPolicy, quarantines .
 		}
 		diagnostics = append(diagnostics, c.diagnostics...)
 	}
-	cutOff, faults := compileQuarantines(td, quarantines)
-	return NewModel(policies).WithQuarantines(td, cutOff), append(diagnostics, faults...)
+	cutOff, faults := compileQuarantines(d, quarantines)
+	return NewModel(policies).WithQuarantines(d.Own, cutOff), append(diagnostics, faults...)
 }
 
 // compiler works on one document.
 type compiler struct {
+	domains     Domains
 	td          spiffeid.TrustDomain
 	doc         *v1alpha1.AllowPolicy
 	policy      Policy
@@ -144,19 +151,9 @@ func (c *compiler) peer(p v1alpha1.Peer) (Pattern, string, error) {
 		pattern, err := wholeNamespace(c.td, p.Namespace)
 		return pattern, ".namespace", err
 	default:
-		pattern, err := ownPattern(c.td, p.SPIFFEID)
+		pattern, err := c.domains.pattern(p.SPIFFEID)
 		return pattern, ".spiffeID", err
 	}
-}
-
-// ownPattern reads a pattern of identities of the trust domain. One of another
-// can match nobody: only certificates of the mesh's own authority are taken.
-func ownPattern(td spiffeid.TrustDomain, s string) (Pattern, error) {
-	pattern, err := ParsePattern(s)
-	if err == nil && pattern.td != td {
-		return Pattern{}, fmt.Errorf("SPIFFE ID pattern %q is of trust domain %q, and nobody of that is known here; this mesh is %q, write spiffe://%s%s", s, pattern.td.Name(), td.Name(), td.Name(), pattern.path)
-	}
-	return pattern, err
 }
 
 // serviceAccount reads "name" or "namespace/name".

@@ -61,7 +61,7 @@ func TestCompileInvalidGrantsNothing(t *testing.T) {
 		{peer(v1alpha1.Peer{ServiceAccount: "a", Namespace: "b", SPIFFEID: "c"}), "spec.from[1]", "has 3 fields set"},
 		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td/we*"}), "spec.from[1].spiffeID", "mixes *"},
 		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://*/x"}), "spec.from[1].spiffeID", "trust domain"},
-		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td2/ns/a/sa/b"}), "spec.from[1].spiffeID", `of trust domain "td2", and nobody of that is known here; this mesh is "td", write spiffe://td/ns/a/sa/b`},
+		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td2/ns/a/sa/b"}), "spec.from[1].spiffeID", `of trust domain "td2", and nobody of that is known here; this mesh is "td", write spiffe://td/ns/a/sa/b, or add a Federation for "td2"`},
 		{peer(v1alpha1.Peer{SPIFFEID: "spiffe://td.evil/ns/a/sa/*"}), "spec.from[1].spiffeID", `this mesh is "td"`},
 		{peer(v1alpha1.Peer{Namespace: "*"}), "spec.from[1].namespace", "no valid name"},
 		{peer(v1alpha1.Peer{Namespace: "a.b"}), "spec.from[1].namespace", "holds a dot"},

@@ -126,14 +126,14 @@ func targetCutOff(quarantine string, t Target) string {
 // compileQuarantines turns documents into quarantines. Whatever is valid in a
 // document is in force, also when other parts of it are not: the opposite
 // would let through what somebody meant to cut off.
-func compileQuarantines(td spiffeid.TrustDomain, docs []v1alpha1.Quarantine) ([]Quarantine, []Diagnostic) {
+func compileQuarantines(domains Domains, docs []v1alpha1.Quarantine) ([]Quarantine, []Diagnostic) {
 	var (
 		out         []Quarantine
 		diagnostics []Diagnostic
 	)
 	seen := map[string]bool{}
 	for i := range docs {
-		c := quarantineCompiler{td: td, doc: &docs[i]}
+		c := quarantineCompiler{domains: domains, td: domains.Own, doc: &docs[i]}
 		c.metadata(seen)
 		c.nodes()
 		c.identities()
@@ -145,6 +145,7 @@ func compileQuarantines(td spiffeid.TrustDomain, docs []v1alpha1.Quarantine) ([]
 
 // quarantineCompiler works on one document.
 type quarantineCompiler struct {
+	domains     Domains
 	td          spiffeid.TrustDomain
 	doc         *v1alpha1.Quarantine
 	quarantine  Quarantine
@@ -197,7 +198,7 @@ func (c *quarantineCompiler) identities() {
 		}
 		return
 	}
-	c.each("spec.identities", spec.Identities, func(s string) (Pattern, error) { return ownPattern(c.td, s) })
+	c.each("spec.identities", spec.Identities, c.domains.pattern)
 	c.each("spec.serviceAccounts", spec.ServiceAccounts, func(s string) (Pattern, error) {
 		if !strings.Contains(s, "/") {
 			return Pattern{}, fmt.Errorf("%q names no namespace; write namespace/name", s)

@@ -42,6 +42,8 @@ type Options struct {
 	// JWTKeyLife is how long a key signs JWT-SVIDs before the next one does.
 	// Zero means DefaultJWTKeyLife.
 	JWTKeyLife time.Duration
+	// JWTIssuer is the iss of tokens; empty: they have none.
+	JWTIssuer string
 	// JWTKeyStore keeps those keys where replicas share them; while it is away
 	// certificates are issued all the same. Nil means a file in Dir.
 	JWTKeyStore JWTKeyStore
@@ -58,6 +60,7 @@ type Authority struct {
 	intermediateTTL time.Duration
 	profile         Profile
 	jwtKeyLife      time.Duration
+	jwtIssuer       string
 	jwtStore        JWTKeyStore
 	rootStore       RootStore
 	rootsMu         sync.Mutex // held while the stored roots are changed; taken before mu
@@ -91,6 +94,7 @@ func Open(opts Options) (*Authority, error) {
 		intermediateTTL: opts.IntermediateTTL,
 		profile:         opts.Profile,
 		jwtKeyLife:      opts.JWTKeyLife,
+		jwtIssuer:       opts.JWTIssuer,
 		jwtStore:        opts.JWTKeyStore,
 		rootStore:       opts.RootStore,
 		now:             opts.Now,

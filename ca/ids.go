@@ -13,6 +13,13 @@ func ControlID(td spiffeid.TrustDomain) spiffeid.ID {
 	return spiffeid.RequireFromSegments(td, "signet", "control")
 }
 
+// BundleEndpointID returns the ID of the server that shows the trust domain's
+// bundle to others, spiffe://<trust domain>/signet/bundle. The trust domain must
+// not be zero.
+func BundleEndpointID(td spiffeid.TrustDomain) spiffeid.ID {
+	return spiffeid.RequireFromSegments(td, "signet", "bundle")
+}
+
 // NodeID returns the ID of a node's agent,
 // spiffe://<trust domain>/signet/node/<name>. The name must be one valid path
 // segment: letters, digits, dot, dash, underscore.
@@ -44,8 +51,8 @@ func checkID(td spiffeid.TrustDomain, id spiffeid.ID) error {
 	s := segments(id)
 	workload := len(s) == 4 && s[0] == "ns" && s[2] == "sa"
 	_, node := NodeName(id)
-	if !workload && !node && id != ControlID(td) {
-		return fmt.Errorf("id %q: path must be /ns/<namespace>/sa/<service account>, /signet/node/<name> or /signet/control", id)
+	if !workload && !node && id != ControlID(td) && id != BundleEndpointID(td) {
+		return fmt.Errorf("id %q: path must be /ns/<namespace>/sa/<service account>, /signet/node/<name>, /signet/control or /signet/bundle", id)
 	}
 	return nil
 }

@@ -130,6 +130,7 @@ type (
 		Type      string `json:"typ"`
 	}
 	jwtClaims struct {
+		Issuer   string   `json:"iss,omitempty"`
 		Subject  string   `json:"sub"`
 		Audience []string `json:"aud"`
 		Expiry   int64    `json:"exp"`
@@ -177,7 +178,7 @@ func (a *Authority) IssueJWT(p *PreparedJWT) (*IssuedJWT, error) {
 		return nil, fmt.Errorf("ca: issue a JWT: record the intent: %w", err)
 	}
 	token, err := signJWT(key, jwtClaims{
-		Subject: p.req.ID.String(), Audience: p.req.Audience, Expiry: expiry.Unix(), IssuedAt: now.Unix(), ID: jti,
+		Issuer: a.jwtIssuer, Subject: p.req.ID.String(), Audience: p.req.Audience, Expiry: expiry.Unix(), IssuedAt: now.Unix(), ID: jti,
 	})
 	outcome := line{Time: a.now(), Serial: jti}
 	if err != nil {

@@ -43,7 +43,7 @@ func (b *builder) tunnelIn(w *mesh.Workload) *listenerv3.Listener {
 					CommonTlsContext: &tlsv3.CommonTlsContext{
 						TlsParams:             tlsParams(),
 						AlpnProtocols:         []string{"h2"},
-						ValidationContextType: b.validation(),
+						ValidationContextType: b.validation(InboundSecret),
 						TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{
 							Name: ServerSecret(w.ID), SdsConfig: ads(),
 						}},

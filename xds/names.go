@@ -12,8 +12,11 @@ import (
 // Names of resources and of the keys that travel inside the proxy. They are
 // a contract between this package, the agent's relay and the audit's reader.
 const (
-	// BundleSecret is the SDS name of the trust bundle.
+	// BundleSecret is the SDS name of the trust bundle, for tunnels that leave.
 	BundleSecret = "bundle"
+	// InboundSecret is the SDS name of what callers are verified by: the bundle,
+	// and those of other trust domains beside it.
+	InboundSecret = "bundles"
 
 	// inboundPrefix keeps the SDS names of server certificates apart from
 	// those of client certificates: a name that is both static and on demand

@@ -15,7 +15,6 @@ import (
 	selectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/cert_selectors/on_demand_secret/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
-	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -138,7 +137,7 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 							},
 						}),
 					},
-					ValidationContextType: b.validation(),
+					ValidationContextType: b.validation(BundleSecret),
 				},
 				MaxSessionKeys: u32(0), // no resumption: every tunnel proves its identity anew
 			})},
@@ -157,22 +156,17 @@ func tlsParams() *tlsv3.TlsParameters {
 }
 
 // validation accepts workloads of the trust domain whose chain ends in its
-// bundle. Which of them may do what is decided elsewhere, by comparing names, so
+// bundle, and whom the secret adds to them (see InboundTrust). Which of them may do what is decided elsewhere, by comparing names, so
 // a name must be a SPIFFE ID in its one spelling: no other program may read it as
 // another's, and none is deeper than a service account's.
-func (b *builder) validation() *tlsv3.CommonTlsContext_CombinedValidationContext {
+func (b *builder) validation(secret string) *tlsv3.CommonTlsContext_CombinedValidationContext {
 	return &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext: &tlsv3.CertificateValidationContext{
-				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
-					SanType: tlsv3.SubjectAltNameMatcher_URI,
-					Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{
-						SafeRegex: &matcherv3.RegexMatcher{Regex: idPattern(b.view.State.TrustDomain)},
-					}},
-				}},
-				MaxVerifyDepth: u32(maxAuthorities),
+				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{workloadName(b.view.State.TrustDomain)},
+				MaxVerifyDepth:            u32(maxAuthorities),
 			},
-			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: BundleSecret, SdsConfig: ads()},
+			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: secret, SdsConfig: ads()},
 		},
 	}
 }

@@ -15,12 +15,14 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/signet-mesh/signet/agent/svid"
+	"github.com/signet-mesh/signet/internal/bundle"
 	"github.com/signet-mesh/signet/xds"
 	"github.com/signet-mesh/signet/xds/xdsserver"
 )
@@ -30,9 +32,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // noKeys is a node without certificates.
 type noKeys struct{}
 
-func (noKeys) All() []*svid.SVID           { return nil }
-func (noKeys) Bundle() []*x509.Certificate { return nil }
-func (noKeys) Changed() <-chan struct{}    { return nil }
+func (noKeys) All() []*svid.SVID                 { return nil }
+func (noKeys) Bundle() []*x509.Certificate       { return nil }
+func (noKeys) Foreign() []*bundle.Bundle         { return nil }
+func (noKeys) TrustDomain() spiffeid.TrustDomain { return spiffeid.TrustDomain{} }
+func (noKeys) Changed() <-chan struct{}          { return nil }
 
 // upstream is a control plane: a real delta ADS server over a set.
 type upstream struct {

@@ -9,7 +9,10 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-mesh/signet/agent/svid"
+	"github.com/signet-mesh/signet/internal/bundle"
 	"github.com/signet-mesh/signet/xds"
 )
 
@@ -17,6 +20,8 @@ import (
 type Keys interface {
 	All() []*svid.SVID
 	Bundle() []*x509.Certificate
+	Foreign() []*bundle.Bundle
+	TrustDomain() spiffeid.TrustDomain
 	Changed() <-chan struct{}
 }
 
@@ -57,12 +62,15 @@ func (r *Relay) Held() (held Held, taken bool) {
 func (r *Relay) readKeys() {
 	set := xds.Set{}
 	held := Held{Bundle: r.keys.Bundle(), SVIDs: r.keys.All()}
-	if bundle := held.Bundle; len(bundle) > 0 {
+	if roots := held.Bundle; len(roots) > 0 {
+		own := xds.Trust{Domain: r.keys.TrustDomain(), PEM: pemChain(rawCerts(roots))}
 		r.secret(set, xds.BundleSecret, &tlsv3.Secret{
 			Name: xds.BundleSecret,
-			Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-				TrustedCa: inline(pemChain(rawCerts(bundle))),
-			}},
+			Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(own.PEM)}},
+		})
+		r.secret(set, xds.InboundSecret, &tlsv3.Secret{
+			Name: xds.InboundSecret,
+			Type: &tlsv3.Secret_ValidationContext{ValidationContext: xds.InboundTrust(own, foreignTrust(own.Domain, r.keys.Foreign()))},
 		})
 	}
 	for _, s := range held.SVIDs {
@@ -85,6 +93,18 @@ func (r *Relay) readKeys() {
 	defer r.mu.Unlock()
 	r.secrets, r.held = set[xds.TypeSecret], held
 	r.publish()
+}
+
+// foreignTrust is the other trust domains that have roots. One of the mesh's own
+// name would be a second answer to which roots are its own.
+func foreignTrust(own spiffeid.TrustDomain, bundles []*bundle.Bundle) []xds.Trust {
+	var out []xds.Trust
+	for _, b := range bundles {
+		if len(b.Roots) > 0 && b.TrustDomain != own {
+			out = append(out, xds.Trust{Domain: b.TrustDomain, PEM: pemChain(rawCerts(b.Roots))})
+		}
+	}
+	return out
 }
 
 func (r *Relay) secret(set xds.Set, name string, s *tlsv3.Secret) {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/time/rate"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/internal/bundle"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -59,6 +60,9 @@ type State struct {
 	Bundle []*x509.Certificate
 	// JWTKeys are the keys that verify the trust domain's JWT-SVIDs, by kid.
 	JWTKeys map[string]crypto.PublicKey
+	// Foreign are the bundles of other trust domains, sorted by name. Each speaks
+	// for its own alone.
+	Foreign []*bundle.Bundle
 	// Distrusted are roots that may be in somebody else's hands: certificates
 	// below them are renewed at once. SHA-256 of the certificates.
 	Distrusted [][sha256.Size]byte
@@ -91,6 +95,7 @@ type Manager struct {
 	td         spiffeid.TrustDomain    // guarded by mu
 	bundle     []*x509.Certificate     // guarded by mu; replaced whole, never edited
 	jwtKeys    *jwtbundle.Bundle       // guarded by mu; replaced whole, never edited
+	foreign    []*bundle.Bundle        // guarded by mu; replaced whole, never edited
 	ttl        time.Duration           // guarded by mu
 	keyType    mesh.KeyType            // guarded by mu
 	cutOff     cutOff                  // guarded by mu; nil: nobody is
@@ -191,10 +196,10 @@ func (m *Manager) Update(s State) {
 	defer m.mu.Unlock()
 	sameRoots := slices.EqualFunc(m.bundle, s.Bundle, (*x509.Certificate).Equal)
 	jwtKeys := jwtbundle.FromJWTAuthorities(s.TrustDomain, s.JWTKeys)
-	changed := !m.known || !sameRoots || m.td != s.TrustDomain || !jwtKeys.Equal(m.jwtKeys)
+	changed := !m.known || !sameRoots || m.td != s.TrustDomain || !jwtKeys.Equal(m.jwtKeys) || !sameBundles(m.foreign, s.Foreign)
 	newTTL := s.TTL > 0 && s.TTL != m.ttl
 	m.known, m.td, m.bundle, m.ttl, m.jwtKeys = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL, jwtKeys
-	m.cutOff, m.keyType = s.Quarantined, s.KeyType
+	m.cutOff, m.keyType, m.foreign = s.Quarantined, s.KeyType, slices.Clone(s.Foreign)
 
 	for id := range m.holders {
 		if _, ok := wanted[id]; !ok {
@@ -295,7 +300,7 @@ func (m *Manager) Bundle() []*x509.Certificate {
 }
 
 // Changed returns a channel that is closed at the next change of what Get,
-// All, Bundle and JWTBundle answer. Take it before reading them, so that no change is
+// All, Bundle, JWTBundle and Foreign answer. Take it before reading them, so that no change is
 // missed.
 func (m *Manager) Changed() <-chan struct{} {
 	m.mu.Lock()

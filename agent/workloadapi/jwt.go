@@ -139,12 +139,18 @@ func (s *Server) jwtBundlesResponse([]identity) (*workload.JWTBundlesResponse, e
 	if bundle.Empty() {
 		return nil, fmt.Errorf("the JWT bundle is %w yet", errPending)
 	}
-	keys, err := marshalKeys(bundle)
-	if err != nil {
-		return nil, err
+	out := &workload.JWTBundlesResponse{Bundles: map[string][]byte{}}
+	for _, b := range s.svids.JWTBundles().Bundles() { // of every trust domain, each under its own name
+		if b.Empty() {
+			continue
+		}
+		keys, err := marshalKeys(b)
+		if err != nil {
+			return nil, err
+		}
+		out.Bundles[b.TrustDomain().IDString()] = keys
 	}
-	// Every identity on a node is of the one trust domain of its mesh.
-	return &workload.JWTBundlesResponse{Bundles: map[string][]byte{bundle.TrustDomain().IDString(): keys}}, nil
+	return out, nil
 }
 
 // marshalKeys writes a bundle as a JWK set whose keys have the use jwt-svid,
@@ -184,7 +190,7 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	if bundle.Empty() {
 		return nil, unavailable("the keys that verify tokens are not known yet")
 	}
-	token, err := jwtcheck.Validate(req.GetSvid(), req.GetAudience(), bundle)
+	token, err := jwtcheck.Validate(req.GetSvid(), req.GetAudience(), s.svids.JWTBundles())
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "svid: %v", err)
 	}

@@ -3,6 +3,7 @@ package workloadapi
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -153,7 +154,7 @@ func (s *Server) svidResponse(ids []identity) (*workload.X509SVIDResponse, error
 	if len(bundle) == 0 {
 		return nil, fmt.Errorf("the trust bundle is %w yet", errPending)
 	}
-	out := &workload.X509SVIDResponse{}
+	out := &workload.X509SVIDResponse{FederatedBundles: s.foreign()}
 	for _, id := range ids {
 		c, ok := s.svids.Get(id.ID)
 		if !ok {
@@ -182,14 +183,40 @@ func (s *Server) bundlesResponse(ids []identity) (*workload.X509BundlesResponse,
 	if len(bundle) == 0 {
 		return nil, fmt.Errorf("the trust bundle is %w yet", errPending)
 	}
-	// Every identity on a node is of the one trust domain of its mesh.
-	return &workload.X509BundlesResponse{Bundles: map[string][]byte{ids[0].TrustDomain().IDString(): bundle}}, nil
+	out := &workload.X509BundlesResponse{Bundles: s.foreign()}
+	if out.Bundles == nil {
+		out.Bundles = map[string][]byte{}
+	}
+	// Every identity on a node is of the one trust domain of its mesh, for which
+	// nobody else speaks.
+	out.Bundles[ids[0].TrustDomain().IDString()] = bundle
+	return out, nil
+}
+
+// foreign returns the roots of the other trust domains that the mesh is
+// federated with, each under its own name; nil: there are none. One without
+// roots is left out: a message is the full state, so clients forget those that
+// it had.
+func (s *Server) foreign() map[string][]byte {
+	var out map[string][]byte
+	for _, b := range s.svids.Foreign() {
+		if len(b.Roots) == 0 {
+			continue
+		}
+		if out == nil {
+			out = map[string][]byte{}
+		}
+		out[b.TrustDomain.IDString()] = concat(b.Roots)
+	}
+	return out
 }
 
 // bundle returns the roots, DER, one after the other.
-func (s *Server) bundle() []byte {
+func (s *Server) bundle() []byte { return concat(s.svids.Bundle()) }
+
+func concat(certs []*x509.Certificate) []byte {
 	var out []byte
-	for _, c := range s.svids.Bundle() {
+	for _, c := range certs {
 		out = append(out, c.Raw...)
 	}
 	return out

@@ -17,6 +17,7 @@ const (
 	KindServiceEntry  = "ServiceEntry"
 	KindAllowPolicy   = "AllowPolicy"
 	KindQuarantine    = "Quarantine"
+	KindFederation    = "Federation"
 
 	// MeshConfigName is the name of the one MeshConfig of a cluster.
 	MeshConfigName = "mesh"

@@ -18,6 +18,7 @@ import (
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
+	"github.com/signet-mesh/signet/internal/bundle"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -44,6 +45,10 @@ type Config struct {
 	// XDSVersion returns the content hash of a node's resources in a view, by
 	// which the node knows when its proxy is up to date. Nil: not said.
 	XDSVersion func(view *mesh.View, node string) string
+	// Foreign returns the bundles of the trust domains that the mesh is federated
+	// with, and a channel that is closed when they are no longer current. Nil: it
+	// is federated with none.
+	Foreign func() ([]*bundle.Bundle, <-chan struct{})
 	// Log receives what was issued and what was refused; nil discards it.
 	Log *slog.Logger
 	// Now is the clock; nil means time.Now. It should be the authority's.
@@ -68,6 +73,7 @@ type Server struct {
 	tokens     Joiner
 	nodeTTL    time.Duration
 	xdsVersion func(*mesh.View, string) string
+	foreign    func() ([]*bundle.Bundle, <-chan struct{})
 	rate       rate.Limit
 	burst      int
 	log        *slog.Logger
@@ -83,7 +89,7 @@ type Server struct {
 func New(cfg Config) (*Server, error) {
 	s := &Server{
 		authority: cfg.Authority, feed: cfg.Feed, tokens: cfg.Tokens,
-		nodeTTL: cfg.NodeTTL, xdsVersion: cfg.XDSVersion, rate: rate.Limit(cfg.Rate), burst: cfg.Burst,
+		nodeTTL: cfg.NodeTTL, xdsVersion: cfg.XDSVersion, foreign: cfg.Foreign, rate: rate.Limit(cfg.Rate), burst: cfg.Burst,
 		log: cfg.Log, now: cfg.Now,
 		nodes: make(map[string]*node),
 	}
@@ -95,6 +101,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if s.burst == 0 {
 		s.burst = DefaultBurst
+	}
+	if s.foreign == nil {
+		s.foreign = func() ([]*bundle.Bundle, <-chan struct{}) { return nil, nil }
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

@@ -42,6 +42,7 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		view, viewChanged := s.feed.Get()
 		bundle, bundleChanged := s.authority.BundleUpdates()
 		jwtKeys, jwtKeysChanged := s.authority.JWTKeys()
+		foreign, foreignChanged := s.foreign()
 		if view != nil && view.State != nil {
 			state := nodeState(view, name, bundle)
 			for _, f := range s.authority.Distrusted() {
@@ -50,6 +51,10 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 			if state.JwtKeys, err = jwtKeyMessages(jwtKeys); err != nil {
 				s.log.ErrorContext(ctx, "a JWT key cannot be encoded", "err", err)
 				return status.Error(codes.Internal, "a JWT key cannot be encoded; see the control plane's log")
+			}
+			if state.ForeignBundles, err = foreignMessages(state.TrustDomain, foreign); err != nil {
+				s.log.ErrorContext(ctx, "a key of another trust domain cannot be encoded", "err", err)
+				return status.Error(codes.Internal, "a key of another trust domain cannot be encoded; see the control plane's log")
 			}
 			if s.xdsVersion != nil {
 				state.XdsVersion = s.xdsVersion(view, name)
@@ -71,6 +76,7 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		case <-viewChanged:
 		case <-bundleChanged:
 		case <-jwtKeysChanged:
+		case <-foreignChanged:
 		case <-late:
 			late, overdue = nil, true
 		case <-ctx.Done():

@@ -43,6 +43,7 @@ type options struct {
 	identity                          string
 	jwtKeyLife                        time.Duration
 	json                              bool
+	federation                        control.FederationConfig
 }
 
 func run(ctx context.Context, args []string) error {
@@ -64,6 +65,7 @@ func run(ctx context.Context, args []string) error {
 	f.StringVar(&o.admin, "admin-listen", "", "where the operator connects (default 127.0.0.1:9441, or control-admin.sock in --run-dir)")
 	f.StringVar(&o.health, "health-listen", "", "serves /healthz, /readyz and /metrics (default :9440, or nowhere)")
 	f.DurationVar(&o.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
+	o.federation.Flags(f)
 	f.BoolVar(&o.json, "log-json", false, "log lines of JSON")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -74,6 +76,9 @@ func run(ctx context.Context, args []string) error {
 	}
 	if err := ca.CheckJWTKeyLife(o.jwtKeyLife); err != nil {
 		return fmt.Errorf("--jwt-key-life: %w", err)
+	}
+	if err := o.federation.Check(o.jwtKeyLife); err != nil {
+		return err
 	}
 	switch {
 	case o.kubernetes && o.documents != "":
@@ -95,6 +100,7 @@ func (o *options) onMachine(ctx context.Context, log *slog.Logger) error {
 		AdminListen:  or(o.admin, filepath.Join(o.runDir, "control-admin.sock")),
 		HealthListen: o.health,
 		JWTKeyLife:   o.jwtKeyLife,
+		Federation:   o.federation,
 		Log:          log,
 	}
 	return control.Run(ctx, cfg)
@@ -120,6 +126,7 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		Roots:        kube.NewRoots(client, o.namespace),
 		JWTKeys:      kube.NewJWTKeys(client, o.namespace),
 		JWTKeyLife:   o.jwtKeyLife,
+		Federation:   o.federation,
 		Log:          log,
 	}
 	if _, port, err := net.SplitHostPort(cfg.Listen); err == nil { // else it is a socket, which no other replica reaches

@@ -46,6 +46,10 @@ func (d *caDoc) Text(t *output.Text) {
 	}
 	t.Line("")
 	t.Table([]output.Column{{Name: "ROOT"}, {Name: "FINGERPRINT"}, {Name: "EXPIRES"}, {Name: "SHA-256", Wide: true}, {Name: "NOT BEFORE", Wide: true}, {Name: "NOT AFTER", Wide: true}}, rows)
+	if d.Waits != "" {
+		t.Line("")
+		t.Line(output.S(output.Bad, "It waits: "+d.Waits))
+	}
 	if !d.Due.IsZero() {
 		t.Line("")
 		t.Line("It is replaced by itself ", until(d.At, d.Due), ".")
@@ -260,6 +264,9 @@ func (a *app) followRotation(ctx context.Context, c *adminclient.Client) (adminv
 		}
 		doc := caDoc{AuthorityStatus: s}
 		says := string(s.Stage)
+		if s.Waits != "" {
+			says += ": " + s.Waits
+		}
 		for _, n := range s.Nodes {
 			if n.Waits != "" {
 				says = fmt.Sprintf("%s: waiting for %s; %s: %s", s.Stage, plural(doc.waiting(), "node", "nodes"), n.Name, n.Waits)

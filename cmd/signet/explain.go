@@ -162,7 +162,6 @@ func explainDocuments(path string, from, to reference, port uint16) (e adminv1.E
 		}
 		return e, err
 	}
-	td := m.State.TrustDomain
 	fromID, err := documentedID(m.State, from)
 	if err != nil {
 		return e, err
@@ -171,7 +170,7 @@ func explainDocuments(path string, from, to reference, port uint16) (e adminv1.E
 	if err != nil {
 		return e, err
 	}
-	model, faults := authz.Compile(td, m.Policies, m.Quarantines...)
+	model, faults := m.State.Domains().Compile(m.Policies, m.Quarantines...)
 	if len(faults) > 0 {
 		return e, fmt.Errorf("%s%s: %s: %s", faults[0].Policy, faults[0].Quarantine, faults[0].Field, faults[0].Message)
 	}

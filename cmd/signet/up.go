@@ -31,6 +31,7 @@ type meshFlags struct {
 	noAudit     bool
 	noProxy     bool
 	jwtKeyLife  time.Duration
+	federation  control.FederationConfig
 }
 
 func (a *app) newUpCommand() *cobra.Command {
@@ -55,6 +56,9 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 			if err := ca.CheckJWTKeyLife(f.jwtKeyLife); err != nil {
 				return usage(fmt.Errorf("--jwt-key-life: %w", err))
 			}
+			if err := f.federation.Check(f.jwtKeyLife); err != nil {
+				return usage(err)
+			}
 			return a.up(cmd.Context(), f)
 		},
 	}
@@ -68,6 +72,7 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 	cmd.Flags().StringVar(&f.envoy, "envoy", "", "Envoy program ($"+envEnvoy+", the project's tools, or PATH)")
 	cmd.Flags().IntVar(&f.concurrency, "proxy-threads", 0, "worker threads of the proxy (default: one for each processor)")
 	cmd.Flags().DurationVar(&f.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
+	f.federation.Flags(cmd.Flags())
 	cmd.Flags().BoolVar(&f.noAudit, "no-audit", false, "keep no audit; for measuring what it costs")
 	cmd.Flags().BoolVar(&f.noProxy, "no-proxy", false, "start no proxy: signet-proxy runs beside, with --run-dir as here and --state-dir that of the agent, 'agent' in the one here")
 	return cmd
@@ -113,7 +118,11 @@ type machine struct {
 func (a *app) prepare(f meshFlags, envoy, trustDomain string) (*machine, error) {
 	m := &machine{meshFlags: f, trustDomain: trustDomain, out: a.out, runDir: a.runDir}
 	m.envoy = envoy
-	for _, p := range []*string{&m.documents, &m.stateDir, &m.runDir} {
+	paths := []*string{&m.documents, &m.stateDir, &m.runDir}
+	if m.federation.WebListen != "" {
+		paths = append(paths, &m.federation.Certificate, &m.federation.Key)
+	}
+	for _, p := range paths {
 		abs, err := filepath.Abs(*p)
 		if err != nil {
 			return nil, err
@@ -156,6 +165,7 @@ func (m *machine) processes() []supervise.Process {
 
 func (m *machine) control() supervise.Process {
 	args := []string{"--config", m.documents, "--node", m.node, "--state-dir", m.stateDir, "--run-dir", m.runDir, "--jwt-key-life", m.jwtKeyLife.String()}
+	args = append(args, m.federation.Args()...)
 	return supervise.Process{Name: "control", Path: filepath.Join(m.bin, "signet-control"), Args: args, Grace: 5 * time.Second}
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -74,6 +75,8 @@ type Config struct {
 	JWTKeys ca.JWTKeyStore
 	// JWTKeyLife is how long each signs; zero: ca.DefaultJWTKeyLife.
 	JWTKeyLife time.Duration
+	// Federation says how the mesh shows itself to other trust domains.
+	Federation FederationConfig
 	// Attend runs beside the servers, until ctx ends; nil: nothing does.
 	Attend func(ctx context.Context, facts Facts) error
 	// Agents lists the nodes' agents, which are asked for what an operator
@@ -125,6 +128,9 @@ func Run(ctx context.Context, cfg Config) error {
 	if cfg.Source == nil {
 		return errors.New("control: config: Source is missing")
 	}
+	if err := cfg.Federation.Check(cfg.JWTKeyLife); err != nil {
+		return err
+	}
 	c := &control{cfg: cfg, log: cfg.Log, started: make(chan struct{})}
 	if cfg.Replicas != nil {
 		c.peers = &peers{list: cfg.Replicas, log: cfg.Log, told: map[string]peer{}}
@@ -153,7 +159,7 @@ func (c *control) serve(ctx context.Context) error {
 	first, _ := c.feed.Get()
 	td := first.State.TrustDomain
 	dir := AuthorityDir(c.cfg.StateDir)
-	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, Log: c.log})
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
 	if err != nil {
 		return err
 	}
@@ -164,9 +170,13 @@ func (c *control) serve(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := os.MkdirAll(FederationDir(c.cfg.StateDir), 0o700); err != nil {
+		return err
+	}
+	follower := c.follower(td)
 	nodes, err := caserver.New(caserver.Config{
 		Authority: authority, Feed: &c.feed, Tokens: tokens, Log: c.log,
-		XDSVersion: c.xdsVersion,
+		XDSVersion: c.xdsVersion, Foreign: follower.Bundles,
 	})
 	if err != nil {
 		return err
@@ -203,9 +213,15 @@ func (c *control) serve(ctx context.Context) error {
 		return nil
 	})
 	all := func() []caserver.NodeReport { return c.peers.with(nodes.Reports()) }
+	g.Go(func() error { follower.Run(ctx, &c.feed); return nil })
+	shown, err := c.publish(ctx, g, authority)
+	if err != nil {
+		return err
+	}
 	c.rotation = &rotation{
 		authority: authority, reports: all, log: c.log, now: time.Now,
-		view: c.view,
+		view:      c.view,
+		outsiders: func(now time.Time) string { return outsiders(shown, authority.Bundle(), now) },
 	}
 	if c.cfg.Agents != nil {
 		c.rotation.declared = true

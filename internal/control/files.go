@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 
-	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/manifest"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
@@ -48,7 +47,7 @@ func (f *files) Run(ctx context.Context, accept func(*mesh.View), reject func(li
 }
 
 func (f *files) view(m *manifest.Manifest) *mesh.View {
-	model, diagnostics := authz.Compile(m.State.TrustDomain, m.Policies, m.Quarantines...)
+	model, diagnostics := m.State.Domains().Compile(m.Policies, m.Quarantines...)
 	for _, d := range diagnostics { // Load refuses these; a policy that slips by grants nothing
 		f.log.Error("policy is not valid and grants nothing", "policy", d.Policy, "field", d.Field, "message", d.Message)
 	}

@@ -47,6 +47,9 @@ type rotation struct {
 	declared bool
 	log      *slog.Logger
 	now      func() time.Time
+	// outsiders says what the next root's signing waits for outside the mesh;
+	// empty: nothing. Nil: nobody outside trusts its roots.
+	outsiders func(now time.Time) string
 
 	mu     sync.Mutex
 	forced bool                  // guarded by mu; the next step does not wait
@@ -122,6 +125,10 @@ func (r *rotation) step(now time.Time) {
 				return
 			}
 		}
+		if r.outside(stage, now) != "" {
+			r.clear = time.Time{}
+			return
+		}
 		if r.clear.IsZero() {
 			r.clear = now
 		}
@@ -135,6 +142,14 @@ func (r *rotation) step(now time.Time) {
 	} else {
 		r.took(r.authority.RetireRoots(), now)
 	}
+}
+
+// outside says what a step waits for outside the mesh; empty: nothing.
+func (r *rotation) outside(stage adminv1.RotationStage, now time.Time) string {
+	if r.outsiders == nil || stage != adminv1.RotationPublishing {
+		return ""
+	}
+	return r.outsiders(now)
 }
 
 // due says why the root is to be replaced now; empty: it is not.
@@ -314,7 +329,7 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	roots := r.authority.Roots()
 	out := adminv1.AuthorityStatus{
 		TrustDomain: r.authority.TrustDomain().Name(), Stage: stageOf(roots), Nodes: r.nodes(roots, now),
-		Hurries: r.hurries(roots),
+		Hurries: r.hurries(roots), Waits: r.outside(stageOf(roots), now),
 	}
 	if due, ok := r.authority.RootDue(); ok {
 		out.Due = due

@@ -63,6 +63,7 @@ func (b *builder) build() *Manifest {
 	b.namespaces()
 	b.workloadEntries()
 	b.serviceEntries()
+	b.federations()
 	b.allowPolicies()
 	b.quarantines()
 	if len(b.report.findings) > 0 {
@@ -81,7 +82,7 @@ func (b *builder) build() *Manifest {
 // kind and namespace has, and a namespace where there has to be one.
 func (b *builder) metadata() {
 	for _, d := range b.docs {
-		clusterWide := d.kind == kindNamespace || d.kind == v1alpha1.KindMeshConfig || d.kind == v1alpha1.KindQuarantine
+		clusterWide := d.kind == kindNamespace || d.kind == v1alpha1.KindMeshConfig || d.kind == v1alpha1.KindQuarantine || d.kind == v1alpha1.KindFederation
 		check := authz.CheckName
 		if d.kind == kindNamespace {
 			check = authz.CheckNamespace
@@ -154,7 +155,7 @@ func (b *builder) meshConfig() {
 		d.fault(CodeMesh, "", "a second MeshConfig, the first is at %s:%d; there has to be exactly one", configs[0].file, configs[0].line)
 	}
 	d, spec := configs[0], configs[0].spec.(*v1alpha1.MeshConfigSpec)
-	td, err := parseTrustDomain(spec.TrustDomain)
+	td, err := mesh.ParseTrustDomain(spec.TrustDomain)
 	switch {
 	case spec.TrustDomain == "":
 		d.fault(CodeRequired, "spec.trustDomain", "is missing; give a name such as mesh.example")
@@ -188,23 +189,6 @@ func (b *builder) meshConfig() {
 	default:
 		d.fault(CodeValue, "spec.unknownDestinations", "is %q; use plain or refuse", spec.UnknownDestinations)
 	}
-}
-
-func parseTrustDomain(s string) (spiffeid.TrustDomain, error) {
-	if len(s) > 255 {
-		return spiffeid.TrustDomain{}, fmt.Errorf("is %d bytes long, at most 255 are allowed", len(s))
-	}
-	if strings.Contains(s, ":") {
-		return spiffeid.TrustDomain{}, fmt.Errorf("%q must be a bare name such as mesh.example", s)
-	}
-	if strings.HasPrefix(s, ".") || strings.HasSuffix(s, ".") || strings.Contains(s, "..") {
-		return spiffeid.TrustDomain{}, fmt.Errorf("%q has a dot at an end or two in a row", s)
-	}
-	td, err := spiffeid.TrustDomainFromString(s)
-	if err != nil {
-		return td, fmt.Errorf("%q: %w", s, err)
-	}
-	return td, nil
 }
 
 // standIn gives the trust domain of the first SPIFFE ID in a policy or else in
@@ -256,7 +240,7 @@ func (b *builder) allowPolicies() {
 			Spec: *spec,
 		}
 		// One at a time, so that each diagnostic belongs to this document.
-		_, diagnostics := authz.Compile(b.domain, []v1alpha1.AllowPolicy{policy})
+		_, diagnostics := b.domains().Compile([]v1alpha1.AllowPolicy{policy})
 		for _, diagnostic := range diagnostics {
 			if !strings.HasPrefix(diagnostic.Field, "metadata.") { // checked for every kind
 				d.fault(CodePolicy, diagnostic.Field, "%s", diagnostic.Message)
@@ -282,6 +266,7 @@ func (b *builder) sort() {
 	slices.SortFunc(b.state.Services, func(x, y mesh.Service) int {
 		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Name, y.Name))
 	})
+	slices.SortFunc(b.state.Federations, func(x, y mesh.Federation) int { return x.TrustDomain.Compare(y.TrustDomain) })
 	slices.SortFunc(b.cutOff, func(x, y v1alpha1.Quarantine) int { return strings.Compare(x.Name, y.Name) })
 	slices.SortFunc(b.policies, func(x, y v1alpha1.AllowPolicy) int {
 		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Name, y.Name))

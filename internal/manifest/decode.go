@@ -108,11 +108,13 @@ func decode(r *report, file string, n *yaml.Node) *document {
 		d.spec = &v1alpha1.AllowPolicySpec{}
 	case v1alpha1.KindQuarantine:
 		d.spec = &v1alpha1.QuarantineSpec{}
+	case v1alpha1.KindFederation:
+		d.spec = &v1alpha1.FederationSpec{}
 	case "":
-		d.fault(CodeKind, "kind", "is missing; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry, AllowPolicy or Quarantine")
+		d.fault(CodeKind, "kind", "is missing; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry, AllowPolicy, Quarantine or Federation")
 		return nil
 	default:
-		d.fault(CodeKind, "kind", "%q is not known; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry, AllowPolicy or Quarantine", d.kind)
+		d.fault(CodeKind, "kind", "%q is not known; use Namespace, MeshConfig, WorkloadEntry, ServiceEntry, AllowPolicy, Quarantine or Federation", d.kind)
 		return nil
 	}
 	if head.APIVersion != version {

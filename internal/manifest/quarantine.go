@@ -7,7 +7,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
-	"github.com/signet-mesh/signet/authz"
 )
 
 // quarantines checks who is to be cut off. A name that nothing has is a fault:
@@ -22,7 +21,7 @@ func (b *builder) quarantines() {
 			},
 			Spec: *spec,
 		}
-		_, diagnostics := authz.Compile(b.domain, nil, quarantine)
+		_, diagnostics := b.domains().Compile(nil, quarantine)
 		for _, diagnostic := range diagnostics {
 			if !strings.HasPrefix(diagnostic.Field, "metadata.") { // checked for every kind
 				d.fault(CodePolicy, diagnostic.Field, "%s", diagnostic.Message)

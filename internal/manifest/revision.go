@@ -14,7 +14,7 @@ import (
 // revision hashes the state, the compiled policies and the quarantines, all
 // sorted: what two sets of documents mean, not how they are written.
 func revision(state *mesh.State, docs []v1alpha1.AllowPolicy, quarantines []v1alpha1.Quarantine) string {
-	model, _ := authz.Compile(state.TrustDomain, docs, quarantines...)
+	model, _ := state.Domains().Compile(docs, quarantines...)
 	content := struct {
 		Format int // rises when the same documents come to mean something else
 		State  *mesh.State

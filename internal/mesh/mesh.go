@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-mesh/signet/authz"
 )
 
 // Ports that the mesh itself listens on inside a captured network namespace.
@@ -79,8 +81,20 @@ type State struct {
 	Excluded  map[string]string
 	Workloads []Workload
 	Services  []Service
+	// Federations are the other trust domains whose identities are believed,
+	// sorted by name.
+	Federations []Federation `json:",omitempty"`
 
 	index index
+}
+
+// Domains are the trust domains that policies may name.
+func (s *State) Domains() authz.Domains {
+	out := authz.Domains{Own: s.TrustDomain}
+	for i := range s.Federations {
+		out.Foreign = append(out.Foreign, s.Federations[i].TrustDomain)
+	}
+	return out
 }
 
 // Workload is one identity in one place.

@@ -141,6 +141,8 @@ func (n *node) resources(t *testing.T) xds.Set {
 	put(xds.BundleSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
 		TrustedCa: inline("CERTIFICATE", n.root.der),
 	}}})
+	put(xds.InboundSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: xds.InboundTrust(
+		xds.Trust{Domain: n.view.State.TrustDomain, PEM: inline("CERTIFICATE", n.root.der).GetInlineBytes()}, nil)}})
 	for _, w := range n.view.State.OnNode("n1") {
 		for _, name := range []string{xds.ClientSecret(w.ID), xds.ServerSecret(w.ID)} {
 			put(name, &tlsv3.Secret{Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{

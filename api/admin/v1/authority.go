@@ -22,6 +22,8 @@ type AuthorityStatus struct {
 	Roots []RootStatus `json:"roots"`
 	// Nodes are all nodes of the mesh.
 	Nodes []NodeRoots `json:"nodes"`
+	// Waits says what outside the mesh the next step waits for; empty: nothing.
+	Waits string `json:"waits,omitempty"`
 	// Due is when the root is replaced by itself; zero: an operator has placed it,
 	// and replaces it.
 	Due time.Time `json:"due,omitzero"`

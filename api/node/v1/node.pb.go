@@ -948,9 +948,12 @@ type NodeState struct {
 	// renewed at once; when it has left the bundle, tunnels from before end.
 	Distrusted [][]byte `protobuf:"bytes,13,rep,name=distrusted,proto3" json:"distrusted,omitempty"`
 	// The kind of key that workload certificates are made for; empty: ec-p256.
-	SvidKeyType   string `protobuf:"bytes,14,opt,name=svid_key_type,json=svidKeyType,proto3" json:"svid_key_type,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	SvidKeyType string `protobuf:"bytes,14,opt,name=svid_key_type,json=svidKeyType,proto3" json:"svid_key_type,omitempty"`
+	// The bundles of the other trust domains that the mesh is federated with, full
+	// set. What is signed below one proves identities of its own trust domain only.
+	ForeignBundles []*ForeignBundle `protobuf:"bytes,20,rep,name=foreign_bundles,json=foreignBundles,proto3" json:"foreign_bundles,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *NodeState) Reset() {
@@ -1081,6 +1084,73 @@ func (x *NodeState) GetSvidKeyType() string {
 	return ""
 }
 
+func (x *NodeState) GetForeignBundles() []*ForeignBundle {
+	if x != nil {
+		return x.ForeignBundles
+	}
+	return nil
+}
+
+type ForeignBundle struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Roots         [][]byte               `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`                    // DER
+	JwtKeys       []*JWTKey              `protobuf:"bytes,3,rep,name=jwt_keys,json=jwtKeys,proto3" json:"jwt_keys,omitempty"` // ECDSA or RSA
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForeignBundle) Reset() {
+	*x = ForeignBundle{}
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForeignBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForeignBundle) ProtoMessage() {}
+
+func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
+func (*ForeignBundle) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ForeignBundle) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *ForeignBundle) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *ForeignBundle) GetJwtKeys() []*JWTKey {
+	if x != nil {
+		return x.JwtKeys
+	}
+	return nil
+}
+
 type JWTKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`             // the kid of the tokens
@@ -1091,7 +1161,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1173,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1186,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -1143,7 +1213,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +1225,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +1238,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Quarantined) GetName() string {
@@ -1202,7 +1272,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1214,7 +1284,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1227,7 +1297,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -1307,7 +1377,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1389,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1402,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -1388,7 +1458,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1470,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1483,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Capture) GetNetns() string {
@@ -1450,7 +1520,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[22]
+	mi := &file_api_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1462,7 +1532,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[22]
+	mi := &file_api_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1475,7 +1545,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1574,7 +1644,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
 	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
-	"\x0eReportResponse\"\xc5\x04\n" +
+	"\x0eReportResponse\"\x8d\x05\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
@@ -1595,7 +1665,12 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"distrusted\x18\r \x03(\fR\n" +
 	"distrusted\x12\"\n" +
-	"\rsvid_key_type\x18\x0e \x01(\tR\vsvidKeyType\">\n" +
+	"\rsvid_key_type\x18\x0e \x01(\tR\vsvidKeyType\x12F\n" +
+	"\x0fforeign_bundles\x18\x14 \x03(\v2\x1d.signet.node.v1.ForeignBundleR\x0eforeignBundles\"{\n" +
+	"\rForeignBundle\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x14\n" +
+	"\x05roots\x18\x02 \x03(\fR\x05roots\x121\n" +
+	"\bjwt_keys\x18\x03 \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\">\n" +
 	"\x06JWTKey\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
@@ -1656,7 +1731,7 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_api_node_v1_node_proto_goTypes = []any{
 	(*NodesRequest)(nil),     // 0: signet.node.v1.NodesRequest
 	(*NodesResponse)(nil),    // 1: signet.node.v1.NodesResponse
@@ -1675,12 +1750,13 @@ var file_api_node_v1_node_proto_goTypes = []any{
 	(*WorkloadReport)(nil),   // 14: signet.node.v1.WorkloadReport
 	(*ReportResponse)(nil),   // 15: signet.node.v1.ReportResponse
 	(*NodeState)(nil),        // 16: signet.node.v1.NodeState
-	(*JWTKey)(nil),           // 17: signet.node.v1.JWTKey
-	(*Quarantined)(nil),      // 18: signet.node.v1.Quarantined
-	(*Workload)(nil),         // 19: signet.node.v1.Workload
-	(*Attest)(nil),           // 20: signet.node.v1.Attest
-	(*Capture)(nil),          // 21: signet.node.v1.Capture
-	(*Policy)(nil),           // 22: signet.node.v1.Policy
+	(*ForeignBundle)(nil),    // 17: signet.node.v1.ForeignBundle
+	(*JWTKey)(nil),           // 18: signet.node.v1.JWTKey
+	(*Quarantined)(nil),      // 19: signet.node.v1.Quarantined
+	(*Workload)(nil),         // 20: signet.node.v1.Workload
+	(*Attest)(nil),           // 21: signet.node.v1.Attest
+	(*Capture)(nil),          // 22: signet.node.v1.Capture
+	(*Policy)(nil),           // 23: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
@@ -1689,31 +1765,33 @@ var file_api_node_v1_node_proto_depIdxs = []int32{
 	13, // 3: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
 	14, // 4: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
 	13, // 5: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
-	19, // 6: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	22, // 7: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	18, // 8: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	17, // 9: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
-	20, // 10: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	21, // 11: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	4,  // 12: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	5,  // 13: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	7,  // 14: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	9,  // 15: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
-	11, // 16: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	12, // 17: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	0,  // 18: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
-	6,  // 19: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	6,  // 20: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	8,  // 21: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	10, // 22: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
-	16, // 23: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	15, // 24: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	1,  // 25: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
-	19, // [19:26] is the sub-list for method output_type
-	12, // [12:19] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	20, // 6: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	23, // 7: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	19, // 8: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	18, // 9: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	17, // 10: signet.node.v1.NodeState.foreign_bundles:type_name -> signet.node.v1.ForeignBundle
+	18, // 11: signet.node.v1.ForeignBundle.jwt_keys:type_name -> signet.node.v1.JWTKey
+	21, // 12: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	22, // 13: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	4,  // 14: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	5,  // 15: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	7,  // 16: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	9,  // 17: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	11, // 18: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	12, // 19: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	0,  // 20: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
+	6,  // 21: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	6,  // 22: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	8,  // 23: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	10, // 24: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	16, // 25: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	15, // 26: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	1,  // 27: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
+	21, // [21:28] is the sub-list for method output_type
+	14, // [14:21] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1721,14 +1799,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[20].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[21].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

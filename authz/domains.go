@@ -1,0 +1,41 @@
+package authz
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Domains are the trust domains whose identities documents may name.
+type Domains struct {
+	Own spiffeid.TrustDomain
+	// Foreign are those that the mesh is federated with.
+	Foreign []spiffeid.TrustDomain
+}
+
+// pattern reads a pattern of identities that a mesh can meet. One of a trust
+// domain whose keys nobody here has can match nobody.
+func (d Domains) pattern(s string) (Pattern, error) {
+	pattern, err := ParsePattern(s)
+	switch {
+	case err != nil:
+		return Pattern{}, err
+	case pattern.td == d.Own:
+		return pattern, nil
+	case !slices.Contains(d.Foreign, pattern.td):
+		return Pattern{}, fmt.Errorf("SPIFFE ID pattern %q is of trust domain %q, and nobody of that is known here; this mesh is %q, write spiffe://%s%s, or add a Federation for %q", s, pattern.td.Name(), d.Own.Name(), d.Own.Name(), pattern.path, pattern.td.Name())
+	}
+	return pattern, checkForeign(pattern)
+}
+
+// checkForeign holds a pattern of another trust domain to what a proxy compares
+// without knowing who exists there.
+func checkForeign(p Pattern) error {
+	s := strings.Split(p.path, "/")
+	if len(s) != 5 || s[1] != "ns" || s[2] == "*" || s[3] != "sa" {
+		return fmt.Errorf("SPIFFE ID pattern %q is of another trust domain; of those, spiffe://%s/ns/<namespace>/sa/<service account> can be named, with * for the service account only", p, p.td.Name())
+	}
+	return nil
+}
