@@ -31,8 +31,8 @@ const (
 // proven anew. With https_spiffe the endpoint is judged by known, which speaks
 // for the endpoint's trust domain; with https_web by the authorities web, nil
 // being the machine's.
-func fetch(ctx context.Context, f *mesh.Federation, known x509bundle.Source, web *x509.CertPool) (*bundle.Bundle, error) {
-	ctx, cancel := context.WithTimeout(ctx, fetchTime)
+func fetch(ctx context.Context, f *mesh.Federation, known x509bundle.Source, web *x509.CertPool, limit time.Duration) (*bundle.Bundle, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	config := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: web}
 	if !f.Endpoint.IsZero() {

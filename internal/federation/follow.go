@@ -53,7 +53,9 @@ type Follower struct {
 	Store func(spiffeid.TrustDomain) Store
 	// Web are the authorities that https_web is judged by; nil: the machine's.
 	Web *x509.CertPool
-	Log *slog.Logger
+	// Timeout bounds one fetch; 0: 15 s.
+	Timeout time.Duration
+	Log     *slog.Logger
 
 	mu      sync.Mutex
 	follows map[spiffeid.TrustDomain]*followed // guarded by mu; replaced whole, by set alone
@@ -264,7 +266,7 @@ func interval(b *bundle.Bundle) time.Duration {
 
 // once fetches and takes a bundle.
 func (f *Follower) once(ctx context.Context, one *followed) error {
-	next, err := fetch(ctx, &one.spec, endpointTrust{f, one}, f.Web)
+	next, err := fetch(ctx, &one.spec, endpointTrust{f, one}, f.Web, cmp.Or(f.Timeout, fetchTime))
 	if err != nil {
 		return err
 	}
