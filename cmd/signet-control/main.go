@@ -83,6 +83,8 @@ func run(ctx context.Context, args []string) error {
 	switch {
 	case o.kubernetes && o.documents != "":
 		return errors.New("--config and --kubernetes: give one of them; a mesh has one source")
+	case o.kubernetes && o.federation.SPIFFEListen+o.federation.WebListen != "":
+		return errors.New("--bundle-listen and --bundle-web-listen: work on one machine only; replicas in a cluster do not share the bundle's number yet")
 	case o.kubernetes:
 		return o.inCluster(ctx, log)
 	case o.documents == "":
