@@ -286,5 +286,5 @@ func svidState(s *nodeState) svid.State {
 	for i, f := range s.distrusted {
 		distrusted[i] = f
 	}
-	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, Distrusted: distrusted, JWTKeys: s.jwtKeys, Foreign: s.foreign, Workloads: s.workloads, TTL: s.ttl, KeyType: s.keyType, Quarantined: s.model.Quarantined}
+	return svid.State{TrustDomain: s.trustDomain, Bundle: s.bundle, Distrusted: distrusted, Revoked: s.isRevoked, JWTKeys: s.jwtKeys, Foreign: s.foreign, Workloads: s.workloads, TTL: s.ttl, KeyType: s.keyType, Quarantined: s.model.Quarantined}
 }

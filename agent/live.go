@@ -27,6 +27,7 @@ type live struct {
 	mu      sync.Mutex
 	state   *nodeState            // guarded by mu
 	conns   map[string]liveConn   // guarded by mu; by record id
+	tunnels map[liveTunnel]shown  // guarded by mu; how callers proved themselves in them
 	revoked map[string]revocation // guarded by mu; by record id, until it ended
 }
 
@@ -38,13 +39,14 @@ type revocation struct {
 // liveConn is one connection at its destination.
 type liveConn struct {
 	from     spiffeid.ID
+	serial   string // of the caller's certificate
 	workload string // namespace/name of the destination
 	local    netip.AddrPort
 	remote   netip.AddrPort // the application; its port is what policies name
 }
 
 func newLive(log *slog.Logger) *live {
-	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, revoked: map[string]revocation{}}
+	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, tunnels: map[liveTunnel]shown{}, revoked: map[string]revocation{}}
 }
 
 // load takes up the connections that were open when the agent last ran.
@@ -69,6 +71,7 @@ func (l *live) see(e *audit.Event) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.seeTunnel(r)
 	if e.Final {
 		delete(l.conns, r.ID)
 		if why, ok := l.revoked[r.ID]; ok {
@@ -85,7 +88,7 @@ func (l *live) see(e *audit.Event) {
 		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
 		return
 	}
-	l.conns[r.ID] = liveConn{from: from, workload: r.Destination.Workload, local: local, remote: remote}
+	l.conns[r.ID] = liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
 	l.judge(r.ID)
 }
 
@@ -109,6 +112,10 @@ func (l *live) judge(id string) {
 	if w == nil || w.Capture == nil {
 		return // gone
 	}
+	if why, ok := l.state.revoked[c.serial]; ok && why.refused {
+		l.end(id, c, w, why.text())
+		return
+	}
 	d := l.state.model.Decide(authz.Request{
 		From:   c.from,
 		Target: authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
@@ -117,11 +124,16 @@ func (l *live) judge(id string) {
 	if d.Verdict == authz.Allow || l.state.modes[w.Namespace] != mesh.ModeEnforce && d.Quarantine == "" {
 		return // an observed namespace enforces quarantines only
 	}
+	l.end(id, c, w, d.Reason)
+}
+
+// end ends one connection. mu is held.
+func (l *live) end(id string, c liveConn, w *mesh.Workload, reason string) {
 	delete(l.conns, id)
 	switch err := l.destroy(w.Capture.NetNS, c.local, c.remote); {
 	case err == nil:
-		l.revoked[id] = revocation{reason: d.Reason}
-		l.log.Info("connection revoked", "from", c.from, "to", c.workload, "port", c.remote.Port(), "reason", d.Reason)
+		l.revoked[id] = revocation{reason: reason}
+		l.log.Info("connection revoked", "from", c.from, "to", c.workload, "port", c.remote.Port(), "reason", reason)
 	case !errors.Is(err, capture.ErrNotFound): // not found: it ended by itself
 		l.log.Error("a connection that is no longer allowed could not be ended", "from", c.from, "to", c.workload, "error", err)
 	}

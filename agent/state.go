@@ -31,6 +31,7 @@ type nodeState struct {
 	trustDomain spiffeid.TrustDomain
 	bundle      []*x509.Certificate
 	distrusted  []ca.Fingerprint            // roots that were ever distrusted
+	revoked     map[string]revokedCert      // by serial number
 	jwtKeys     map[string]crypto.PublicKey // by kid
 	foreign     []*bundle.Bundle            // of other trust domains, sorted by name
 	ttl         time.Duration
@@ -46,7 +47,7 @@ type nodeState struct {
 // view is what the node's own configuration is built from.
 func (s *nodeState) view() *mesh.View {
 	return &mesh.View{
-		Revision: s.revision, Model: s.model, Identities: s.identities,
+		Revision: s.revision, Model: s.model, Identities: s.identities, Refused: s.refused(),
 		State: &mesh.State{
 			TrustDomain: s.trustDomain, SVIDTTL: s.ttl, Namespaces: s.modes, Workloads: s.workloads,
 		},
@@ -80,6 +81,9 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 			return nil, fmt.Errorf("distrusted: %d bytes are no SHA-256", len(b))
 		}
 		s.distrusted = append(s.distrusted, ca.Fingerprint(b))
+	}
+	if s.revoked, err = parseRevoked(m.GetRevoked()); err != nil {
+		return nil, err
 	}
 	if s.jwtKeys, err = parseJWTKeys(m.GetJwtKeys()); err != nil {
 		return nil, err
@@ -248,6 +252,7 @@ func (a *agent) take(m *nodev1.NodeState) error {
 	// the policies of the one before.
 	a.giving.Lock()
 	s.workloads = a.pods.place(context.Background(), s.workloads)
+	a.live.revoke(s) // before the proxy refuses a certificate, so that its holder opens new tunnels with another
 	a.give(s)
 	a.mu.Lock()
 	a.state = s

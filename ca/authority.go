@@ -78,6 +78,8 @@ type Authority struct {
 	intermediate *pair         // guarded by mu; replaced whole
 	changed      chan struct{} // guarded by mu; closed and replaced when the bundle changes
 
+	revoked revocations
+
 	jwtMu      sync.Mutex    // apart, since a new intermediate is made under mu
 	jwtKeys    ring          // guarded by jwtMu; replaced whole
 	jwtChanged chan struct{} // guarded by jwtMu; closed and replaced when jwtKeys changes
@@ -165,6 +167,9 @@ func (a *Authority) open() error {
 	}
 	if a.issuance, err = openLog(filepath.Join(a.dir, logFile), a.log); err != nil {
 		return fmt.Errorf("open the issuance log: %w", err)
+	}
+	if err := a.openRevoked(); err != nil {
+		return fmt.Errorf("read the revocations in the issuance log: %w", err)
 	}
 	if a.linter, err = newLinter(a.td, a.now()); err != nil {
 		return err

@@ -55,13 +55,18 @@ type Entry struct {
 	// CertSHA256 is the digest of the certificate, hexadecimal, once issued.
 	CertSHA256 string `json:"certSHA256,omitempty"`
 	Error      string `json:"error,omitempty"`
+
+	// Revoked is when the certificate was revoked, zero: it was not, and
+	// Reason why.
+	Revoked time.Time `json:"revoked,omitzero"`
+	Reason  string    `json:"reason,omitempty"`
 }
 
-// line is one line of the file. An intent has all but the last two fields, an
-// outcome has time, serial and, of a certificate or a failure, one of the last
-// two.
+// line is one line of the file. An intent has all but the last three fields, an
+// outcome has time, serial and, of a certificate or a failure, one of the first
+// two of those. A revocation has time, serial, id, notAfter and the reason.
 type line struct {
-	Event      string    `json:"event"` // intent, issued, failed
+	Event      string    `json:"event"` // intent, issued, failed, revoked; first, see revocations
 	Time       time.Time `json:"time"`
 	Kind       string    `json:"kind,omitempty"`
 	Serial     string    `json:"serial"`
@@ -75,6 +80,7 @@ type line struct {
 	Audience   []string  `json:"audience,omitempty"`
 	CertSHA256 string    `json:"certSHA256,omitempty"`
 	Error      string    `json:"error,omitempty"`
+	Reason     string    `json:"reason,omitempty"`
 }
 
 // ErrDamaged is returned, with all that could be read, when the issuance log
@@ -289,6 +295,10 @@ func (l *Log) read(want func(*line) bool) ([]Entry, error) {
 		case string(OutcomeIssued), string(OutcomeFailed):
 			if i, ok := index[e.Serial]; ok {
 				out[i].Outcome, out[i].CertSHA256, out[i].Error = Outcome(e.Event), e.CertSHA256, e.Error
+			}
+		case eventRevoked:
+			if i, ok := index[e.Serial]; ok {
+				out[i].Revoked, out[i].Reason = e.Time, e.Reason
 			}
 		default:
 			damaged = append(damaged, fmt.Errorf("%w: %s:%d: event %q", ErrDamaged, l.path, n, e.Event))

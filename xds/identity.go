@@ -13,6 +13,8 @@ import (
 const (
 	statePeerURI = "signet.peer.uri"
 	statePeerDNS = "signet.peer.dns"
+	// its serial number
+	statePeerSerial = "signet.peer.serial"
 )
 
 // peerNames and oneIdentity refuse a caller whose certificate could stand for
@@ -30,6 +32,7 @@ func peerNames() *hcmv3.HttpFilter {
 			OnRequestHeaders: []*sfsv3.FilterStateValue{
 				value(statePeerURI, "%DOWNSTREAM_PEER_URI_SAN%"), // several are joined by commas
 				value(statePeerDNS, "%DOWNSTREAM_PEER_DNS_SAN%"),
+				value(statePeerSerial, "%DOWNSTREAM_PEER_SERIAL%"),
 			},
 		})},
 	}

@@ -78,8 +78,8 @@ func (b *builder) perRoute(w *mesh.Workload, target authz.Target) map[string]*an
 // identities.
 const PolicyQuarantine = "quarantine/"
 
-// quarantines refuses callers that are cut off, in both modes and before any
-// policy is looked at.
+// quarantines refuses callers that are cut off, and certificates that are revoked,
+// in both modes and before any policy is looked at.
 func (b *builder) quarantines() *configrbacv3.RBAC {
 	rules := &configrbacv3.RBAC{Action: configrbacv3.RBAC_DENY, Policies: map[string]*configrbacv3.Policy{}}
 	for _, q := range b.view.Model.Quarantines() {
@@ -90,7 +90,25 @@ func (b *builder) quarantines() *configrbacv3.RBAC {
 			}
 		}
 	}
+	if len(b.view.Refused) > 0 {
+		rules.Policies[PolicyRevoked] = revokedSerials(b.view.Refused)
+	}
 	return rules
+}
+
+// PolicyRevoked is the name of the rule that refuses revoked certificates.
+const PolicyRevoked = "revoked"
+
+// revokedSerials matches callers by the serial numbers of their certificates.
+func revokedSerials(serials []string) *configrbacv3.Policy {
+	out := &configrbacv3.Policy{Permissions: []*configrbacv3.Permission{{Rule: &configrbacv3.Permission_Any{Any: true}}}}
+	for _, s := range serials {
+		out.Principals = append(out.Principals, &configrbacv3.Principal{Identifier: &configrbacv3.Principal_FilterState{FilterState: &matcherv3.FilterStateMatcher{
+			Key:     statePeerSerial,
+			Matcher: &matcherv3.FilterStateMatcher_StringMatch{StringMatch: exactly(s)},
+		}}})
+	}
+	return out
 }
 
 // PolicyObserve is the policy that lets everything through in observe mode.

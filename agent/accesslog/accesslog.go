@@ -138,6 +138,8 @@ func inbound(l *line, e *audit.Event) {
 		r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: its certificate has several names: "+strings.Trim(l.Peer+","+l.PeerDNS, ",")
 	case l.Code == 403 && quarantine(l) != "":
 		r.Verdict, r.Reason = audit.Denied, authz.CallerCutOff(quarantine(l), l.Peer)
+	case l.Code == 403 && strings.Contains(l.Details, "rbac_access_denied_matched_policy["+xds.PolicyRevoked+"]"):
+		r.Verdict, r.Reason = audit.Denied, "the caller's certificate is revoked"
 	case l.Code == 403:
 		r.Verdict, r.Reason = audit.Denied, l.Deny
 		if r.Reason == "" {

@@ -66,6 +66,9 @@ type State struct {
 	// Distrusted are roots that may be in somebody else's hands: certificates
 	// below them are renewed at once. SHA-256 of the certificates.
 	Distrusted [][sha256.Size]byte
+	// Revoked says by serial number which certificates are to be renewed at once.
+	// Nil: none.
+	Revoked func(serial string) bool
 	// Workloads are the node's enrolled workloads.
 	Workloads []mesh.Workload
 	// Quarantined names the quarantine that cuts an identity off. Nil: none is.
@@ -220,6 +223,8 @@ func (m *Manager) Update(s State) {
 		}
 		switch {
 		case h.current == nil:
+		case s.Revoked != nil && s.Revoked(h.current.Serial):
+			h.attemptAt = now
 		case newTTL && h.current.NotAfter.Sub(now) > s.TTL+s.TTL/10:
 			h.attemptAt = now
 		case !sameRoots:

@@ -96,8 +96,18 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 			cancel()
 		}
 	}()
+	revoked := make(chan bool, 1)
+	go func() {
+		is := s.awaitRevoked(ctx, c.leaf)
+		revoked <- is
+		cancel()
+	}()
 	err = handler(srv, &nodeStream{stream, ctx})
-	defer func() { cancel(); <-watched }()
+	cancel()
+	<-watched
+	if <-revoked && stream.Context().Err() == nil {
+		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection is revoked; join again with a new token")
+	}
 	if quarantine := cut.Load(); quarantine != nil {
 		return s.refuseQuarantined(ctx, info.FullMethod, name, *quarantine)
 	}
@@ -172,6 +182,9 @@ func (s *Server) caller(ctx context.Context, call string) (*caller, error) {
 	if err != nil {
 		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
 	}
+	if s.authority.IsRevoked(certs[0].SerialNumber.Bytes()) {
+		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: it is revoked; join again with a new token")
+	}
 	return &caller{id, certs[0], root}, nil
 }
 
@@ -197,6 +210,21 @@ func (s *Server) awaitQuarantine(ctx context.Context, node string) (quarantine s
 		case <-changed:
 		case <-ctx.Done():
 			return "", false
+		}
+	}
+}
+
+// awaitRevoked waits until a certificate is revoked; false when ctx ended first.
+func (s *Server) awaitRevoked(ctx context.Context, leaf *x509.Certificate) bool {
+	for {
+		_, changed, _ := s.authority.Revoked()
+		if s.authority.IsRevoked(leaf.SerialNumber.Bytes()) {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false
 		}
 	}
 }

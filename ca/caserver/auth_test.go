@@ -137,6 +137,35 @@ func TestExpiryEndsStream(t *testing.T) {
 	wantCode(t, err, codes.Unauthenticated, "expired")
 }
 
+// A node's certificate that is revoked is refused on open connections, and its open
+// streams end; another one of the same node is as good as before.
+func TestRevokedNodeCertificate(t *testing.T) {
+	w := newWorld(t, nil)
+	ctx := testContext(t)
+	_, csr := newKey(t)
+	stolen := certFor(t, w.authority, nodeID("one"), time.Hour)
+	client, other := w.dial(stolen), w.dial(certFor(t, w.authority, nodeID("one"), time.Hour))
+	stream, err := client.Watch(ctx, &nodev1.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.authority.Revoke(leaf(t, stolen.Certificate).SerialNumber.Text(16), "stolen"); err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = stream.Recv() // it may hear of the revocation first
+	}
+	wantCode(t, err, codes.Unauthenticated, "revoked")
+	_, err = client.Renew(ctx, &nodev1.RenewRequest{Csr: csr})
+	wantCode(t, err, codes.Unauthenticated, "revoked")
+	if _, err := other.Renew(ctx, &nodev1.RenewRequest{Csr: csr}); err != nil {
+		t.Errorf("another certificate of the node: %v", err)
+	}
+}
+
 // A root that is withdrawn stops working on connections that are open.
 func TestWithdrawnRoot(t *testing.T) {
 	w := newWorld(t, nil)

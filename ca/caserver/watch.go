@@ -43,10 +43,18 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		bundle, bundleChanged := s.authority.BundleUpdates()
 		jwtKeys, jwtKeysChanged := s.authority.JWTKeys()
 		foreign, foreignChanged := s.foreign()
+		revoked, revokedChanged, next := s.authority.Revoked()
+		var lapse <-chan time.Time
+		if !next.IsZero() {
+			lapse = time.After(max(next.Sub(s.now()), time.Millisecond))
+		}
 		if view != nil && view.State != nil {
 			state := nodeState(view, name, bundle)
 			for _, f := range s.authority.Distrusted() {
 				state.Distrusted = append(state.Distrusted, f[:])
+			}
+			for _, r := range revoked {
+				state.Revoked = append(state.Revoked, &nodev1.Revoked{Serial: r.Serial, Reason: r.Reason, Refused: r.Refused(s.now())})
 			}
 			if state.JwtKeys, err = jwtKeyMessages(jwtKeys); err != nil {
 				s.log.ErrorContext(ctx, "a JWT key cannot be encoded", "err", err)
@@ -77,6 +85,8 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 		case <-bundleChanged:
 		case <-jwtKeysChanged:
 		case <-foreignChanged:
+		case <-revokedChanged:
+		case <-lapse:
 		case <-late:
 			late, overdue = nil, true
 		case <-ctx.Done():

@@ -154,6 +154,9 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 		})
 		mux.HandleFunc("POST /v1/ca/abandon", answer(m.authority))
 		mux.HandleFunc("POST /v1/ca/distrust", answer(m.authority))
+		revoked := answer(adminv1.Revocations{Certificates: []adminv1.RevokedCertificate{{Serial: "0a", ID: id("shop/checkout"), Reason: "lost"}}})
+		mux.HandleFunc("GET /v1/ca/revoked", revoked)
+		mux.HandleFunc("POST /v1/ca/revoke", revoked)
 		mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 			e := m.explanation
 			e.From, e.To = r.URL.Query().Get("from"), r.URL.Query().Get("to")
@@ -296,6 +299,8 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		"signet ca rotate":       {[]string{"ca", "rotate"}, exitFindings, exitFailed},
 		"signet ca distrust":     {[]string{"ca", "distrust", "--yes"}, exitFindings, exitFailed},
 		"signet ca abandon":      {[]string{"ca", "abandon"}, exitFindings, exitFailed},
+		"signet ca revoke":       {[]string{"ca", "revoke", "--serial", "0a", "--reason", "lost"}, exitGood, exitFailed},
+		"signet ca revoked":      {[]string{"ca", "revoked"}, exitGood, exitFailed},
 		"signet version":         {[]string{"version"}, exitGood, exitGood},
 	}
 	for name, c := range commands {

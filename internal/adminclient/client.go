@@ -187,6 +187,16 @@ func (c *Client) DistrustRoot(ctx context.Context) (s adminv1.AuthorityStatus, e
 	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/distrust", nil, &s)
 }
 
+// Revoke revokes one certificate.
+func (c *Client) Revoke(ctx context.Context, serial, reason string) (r adminv1.Revocations, err error) {
+	return r, c.control.ask(ctx, http.MethodPost, "/v1/ca/revoke", url.Values{"serial": {serial}, "reason": {reason}}, &r)
+}
+
+// Revoked lists the certificates that are revoked and have not expired.
+func (c *Client) Revoked(ctx context.Context) (r adminv1.Revocations, err error) {
+	return r, c.control.ask(ctx, http.MethodGet, "/v1/ca/revoked", nil, &r)
+}
+
 // AbandonRoot withdraws the next root before it signs.
 func (c *Client) AbandonRoot(ctx context.Context) (s adminv1.AuthorityStatus, err error) {
 	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/abandon", nil, &s)

@@ -18,6 +18,9 @@ type View struct {
 	// Identities are those that exist, in the whole mesh, and match a pattern
 	// whose wildcard is not its last segment. Only an agent's view has them.
 	Identities []spiffeid.ID
+	// Refused are the serial numbers of certificates that are revoked, as the
+	// proxy writes them. Only an agent's view has them.
+	Refused []string
 }
 
 // Feed hands the newest View to any number of readers. The zero Feed is empty

@@ -10,6 +10,8 @@
 //	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
 //	GET  control.sock /v1/ca            -> AuthorityStatus
 //	GET  control.sock /v1/ca/issued?serial= -> Issuance
+//	GET  control.sock /v1/ca/revoked    -> Revocations
+//	POST control.sock /v1/ca/revoke?serial=&reason= -> Revocations
 //	POST control.sock /v1/ca/rotate?force=, /v1/ca/distrust, /v1/ca/abandon -> AuthorityStatus
 //
 // In a cluster the operator reaches the control plane alone, through the API

@@ -64,3 +64,19 @@ type NodeRoots struct {
 	// Waits says what of the node the next step waits for; empty: nothing.
 	Waits string `json:"waits,omitempty"`
 }
+
+// Revocations are the certificates that are revoked and have not expired.
+type Revocations struct {
+	Certificates []RevokedCertificate `json:"certificates"` // oldest first
+}
+
+// RevokedCertificate is one of them.
+type RevokedCertificate struct {
+	Serial   string    `json:"serial"` // lower-case hexadecimal
+	ID       string    `json:"id"`
+	Reason   string    `json:"reason"`
+	At       time.Time `json:"at"` // when it was revoked
+	NotAfter time.Time `json:"notAfter"`
+	// Refused says that its holder's time to renew is over.
+	Refused bool `json:"refused"`
+}

@@ -952,8 +952,10 @@ type NodeState struct {
 	// The bundles of the other trust domains that the mesh is federated with, full
 	// set. What is signed below one proves identities of its own trust domain only.
 	ForeignBundles []*ForeignBundle `protobuf:"bytes,20,rep,name=foreign_bundles,json=foreignBundles,proto3" json:"foreign_bundles,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Certificates that are revoked and have not expired.
+	Revoked       []*Revoked `protobuf:"bytes,30,rep,name=revoked,proto3" json:"revoked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeState) Reset() {
@@ -1091,6 +1093,13 @@ func (x *NodeState) GetForeignBundles() []*ForeignBundle {
 	return nil
 }
 
+func (x *NodeState) GetRevoked() []*Revoked {
+	if x != nil {
+		return x.Revoked
+	}
+	return nil
+}
+
 type ForeignBundle struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -1151,6 +1160,68 @@ func (x *ForeignBundle) GetJwtKeys() []*JWTKey {
 	return nil
 }
 
+// Revoked is one certificate that nobody is to take any more. Its holder renews
+// it at once; it is refused when that has had its time.
+type Revoked struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Serial        string                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"` // lower-case hexadecimal, two digits for each byte
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Refused       bool                   `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revoked) Reset() {
+	*x = Revoked{}
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revoked) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revoked) ProtoMessage() {}
+
+func (x *Revoked) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revoked.ProtoReflect.Descriptor instead.
+func (*Revoked) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Revoked) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *Revoked) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Revoked) GetRefused() bool {
+	if x != nil {
+		return x.Refused
+	}
+	return false
+}
+
 type JWTKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`             // the kid of the tokens
@@ -1161,7 +1232,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1173,7 +1244,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1186,7 +1257,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -1213,7 +1284,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1296,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1309,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Quarantined) GetName() string {
@@ -1272,7 +1343,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1355,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1368,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -1377,7 +1448,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1460,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1473,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -1458,7 +1529,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[22]
+	mi := &file_api_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1541,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[22]
+	mi := &file_api_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1554,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Capture) GetNetns() string {
@@ -1520,7 +1591,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[23]
+	mi := &file_api_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1532,7 +1603,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[23]
+	mi := &file_api_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1545,7 +1616,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1644,7 +1715,7 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x1a\n" +
 	"\brepaired\x18\x04 \x01(\bR\brepaired\"\x10\n" +
-	"\x0eReportResponse\"\x8d\x05\n" +
+	"\x0eReportResponse\"\xc0\x05\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
@@ -1666,11 +1737,16 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"distrusted\x18\r \x03(\fR\n" +
 	"distrusted\x12\"\n" +
 	"\rsvid_key_type\x18\x0e \x01(\tR\vsvidKeyType\x12F\n" +
-	"\x0fforeign_bundles\x18\x14 \x03(\v2\x1d.signet.node.v1.ForeignBundleR\x0eforeignBundles\"{\n" +
+	"\x0fforeign_bundles\x18\x14 \x03(\v2\x1d.signet.node.v1.ForeignBundleR\x0eforeignBundles\x121\n" +
+	"\arevoked\x18\x1e \x03(\v2\x17.signet.node.v1.RevokedR\arevoked\"{\n" +
 	"\rForeignBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x14\n" +
 	"\x05roots\x18\x02 \x03(\fR\x05roots\x121\n" +
-	"\bjwt_keys\x18\x03 \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\">\n" +
+	"\bjwt_keys\x18\x03 \x03(\v2\x16.signet.node.v1.JWTKeyR\ajwtKeys\"S\n" +
+	"\aRevoked\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
+	"\arefused\x18\x03 \x01(\bR\arefused\">\n" +
 	"\x06JWTKey\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
@@ -1731,7 +1807,7 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_api_node_v1_node_proto_goTypes = []any{
 	(*NodesRequest)(nil),     // 0: signet.node.v1.NodesRequest
 	(*NodesResponse)(nil),    // 1: signet.node.v1.NodesResponse
@@ -1751,12 +1827,13 @@ var file_api_node_v1_node_proto_goTypes = []any{
 	(*ReportResponse)(nil),   // 15: signet.node.v1.ReportResponse
 	(*NodeState)(nil),        // 16: signet.node.v1.NodeState
 	(*ForeignBundle)(nil),    // 17: signet.node.v1.ForeignBundle
-	(*JWTKey)(nil),           // 18: signet.node.v1.JWTKey
-	(*Quarantined)(nil),      // 19: signet.node.v1.Quarantined
-	(*Workload)(nil),         // 20: signet.node.v1.Workload
-	(*Attest)(nil),           // 21: signet.node.v1.Attest
-	(*Capture)(nil),          // 22: signet.node.v1.Capture
-	(*Policy)(nil),           // 23: signet.node.v1.Policy
+	(*Revoked)(nil),          // 18: signet.node.v1.Revoked
+	(*JWTKey)(nil),           // 19: signet.node.v1.JWTKey
+	(*Quarantined)(nil),      // 20: signet.node.v1.Quarantined
+	(*Workload)(nil),         // 21: signet.node.v1.Workload
+	(*Attest)(nil),           // 22: signet.node.v1.Attest
+	(*Capture)(nil),          // 23: signet.node.v1.Capture
+	(*Policy)(nil),           // 24: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
@@ -1765,33 +1842,34 @@ var file_api_node_v1_node_proto_depIdxs = []int32{
 	13, // 3: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
 	14, // 4: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
 	13, // 5: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
-	20, // 6: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	23, // 7: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	19, // 8: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	18, // 9: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	21, // 6: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	24, // 7: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	20, // 8: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	19, // 9: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
 	17, // 10: signet.node.v1.NodeState.foreign_bundles:type_name -> signet.node.v1.ForeignBundle
-	18, // 11: signet.node.v1.ForeignBundle.jwt_keys:type_name -> signet.node.v1.JWTKey
-	21, // 12: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	22, // 13: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	4,  // 14: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	5,  // 15: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	7,  // 16: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	9,  // 17: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
-	11, // 18: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	12, // 19: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	0,  // 20: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
-	6,  // 21: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	6,  // 22: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	8,  // 23: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	10, // 24: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
-	16, // 25: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	15, // 26: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	1,  // 27: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
-	21, // [21:28] is the sub-list for method output_type
-	14, // [14:21] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	18, // 11: signet.node.v1.NodeState.revoked:type_name -> signet.node.v1.Revoked
+	19, // 12: signet.node.v1.ForeignBundle.jwt_keys:type_name -> signet.node.v1.JWTKey
+	22, // 13: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	23, // 14: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	4,  // 15: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	5,  // 16: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	7,  // 17: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	9,  // 18: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	11, // 19: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	12, // 20: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	0,  // 21: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
+	6,  // 22: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	6,  // 23: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	8,  // 24: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	10, // 25: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	16, // 26: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	15, // 27: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	1,  // 28: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
+	22, // [22:29] is the sub-list for method output_type
+	15, // [15:22] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1799,14 +1877,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[21].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[22].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

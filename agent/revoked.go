@@ -1,0 +1,137 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/capture"
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/internal/mesh"
+)
+
+// revokedCert is a certificate that is revoked, and whether it is refused yet.
+type revokedCert struct {
+	reason  string
+	refused bool
+}
+
+func (r revokedCert) text() string { return "the caller's certificate is revoked: " + r.reason }
+
+// maxRevoked bounds what a node takes, above what any control plane sends.
+const maxRevoked = 4096
+
+func parseRevoked(all []*nodev1.Revoked) (map[string]revokedCert, error) {
+	if len(all) > maxRevoked {
+		return nil, fmt.Errorf("revoked: %d certificates; at most %d", len(all), maxRevoked)
+	}
+	out := make(map[string]revokedCert, len(all))
+	for _, r := range all {
+		s := r.GetSerial()
+		if s == "" || len(s)%2 != 0 || len(s) > 40 || strings.Trim(s, "0123456789abcdef") != "" {
+			return nil, fmt.Errorf("revoked: %.64q is no serial number", s)
+		}
+		out[s] = revokedCert{reason: r.GetReason(), refused: r.GetRefused()}
+	}
+	return out, nil
+}
+
+// isRevoked reports whether a certificate is to be renewed at once.
+func (s *nodeState) isRevoked(serial string) bool {
+	_, ok := s.revoked[serial]
+	return ok
+}
+
+// refused lists the certificates that the proxy refuses.
+func (s *nodeState) refused() (out []string) {
+	for serial, r := range s.revoked {
+		if r.refused {
+			out = append(out, serial)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// liveTunnel is a caller's tunnel to a workload, as long as it is there.
+type liveTunnel struct {
+	workload string // namespace/name of the destination
+	peer     netip.AddrPort
+}
+
+// shown is the certificate that a tunnel was opened with.
+type shown struct {
+	serial string
+	local  netip.Addr // the destination
+}
+
+// maxTunnels bounds the tunnels that are kept in mind. Any other is ended at the
+// first connection that it asks for.
+const maxTunnels = 8192
+
+// seeTunnel notes with which certificate a tunnel was opened, and ends the tunnel
+// when that is refused. mu is held.
+func (l *live) seeTunnel(r *audit.Record) {
+	peer, err1 := netip.ParseAddrPort(r.Source.Address)
+	to, err2 := netip.ParseAddrPort(r.Destination.Address)
+	if errors.Join(err1, err2) != nil || r.Source.Serial == "" {
+		return
+	}
+	key := liveTunnel{r.Destination.Workload, peer}
+	if _, known := l.tunnels[key]; !known && len(l.tunnels) >= maxTunnels {
+		for other := range l.tunnels { // any
+			delete(l.tunnels, other)
+			break
+		}
+	}
+	l.tunnels[key] = shown{serial: r.Source.Serial, local: to.Addr()}
+	l.judgeTunnel(key)
+}
+
+// judgeTunnel ends a tunnel whose certificate is refused. mu is held.
+func (l *live) judgeTunnel(key liveTunnel) {
+	if l.state == nil {
+		return
+	}
+	s := l.tunnels[key]
+	why, ok := l.state.revoked[s.serial]
+	w := l.state.workload(key.workload)
+	if !ok || !why.refused || w == nil || w.Capture == nil {
+		return
+	}
+	delete(l.tunnels, key)
+	local := netip.AddrPortFrom(s.local, mesh.PortTunnel)
+	switch err := l.destroy(w.Capture.NetNS, local, key.peer); {
+	case err == nil:
+		l.log.Warn("tunnel with a revoked certificate ended", "serial", s.serial, "to", key.workload, "from", key.peer, "reason", why.reason)
+	case !errors.Is(err, capture.ErrNotFound):
+		l.log.Error("a tunnel with a revoked certificate could not be ended", "serial", s.serial, "to", key.workload, "error", err)
+	}
+}
+
+// revoke ends what certificates are in that a new state refuses, before the proxy
+// refuses them: who has another one opens new tunnels with that.
+func (l *live) revoke(s *nodeState) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := l.state
+	if was == nil {
+		was = &nodeState{}
+	}
+	if !slices.ContainsFunc(s.refused(), func(serial string) bool { return !was.revoked[serial].refused }) {
+		return
+	}
+	for id, c := range l.conns { // first, so that the audit says why they ended
+		w := s.workload(c.workload)
+		if why := s.revoked[c.serial]; why.refused && w != nil && w.Capture != nil {
+			l.end(id, c, w, why.text())
+		}
+	}
+	l.state = s
+	for key := range l.tunnels {
+		l.judgeTunnel(key)
+	}
+}

@@ -1,0 +1,194 @@
+package ca
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	eventRevoked = "revoked"
+	// MaxRevoked bounds the certificates that are revoked at a time: every proxy
+	// compares every new connection with all of them.
+	MaxRevoked = 256
+	// maxReason bounds the reason of one, in bytes.
+	maxReason = 256
+	// revokeSkew is for how long after its end a certificate may still be taken
+	// by somebody whose clock is behind.
+	revokeSkew = time.Minute
+)
+
+// RevokeGrace is how long the holder of a revoked certificate has to renew it
+// before it is refused.
+const RevokeGrace = 2 * time.Second
+
+// Why a certificate cannot be revoked.
+var (
+	ErrNotIssued   = errors.New("ca: this authority has issued no certificate with that serial number")
+	ErrNotRevoked  = errors.New("ca: not revoked")
+	ErrRevokedFull = fmt.Errorf("ca: %d certificates are revoked and have not expired, which is the most; replace the root (`signet ca distrust`), or wait until the first has expired", MaxRevoked)
+)
+
+// Revoked is a certificate that nobody is to take any more.
+type Revoked struct {
+	Serial   string // lower-case hexadecimal, two digits for each byte, as proxies write it
+	ID       string
+	Reason   string
+	At       time.Time
+	NotAfter time.Time // of the certificate
+}
+
+// Refused reports whether its holder's time to renew is over.
+func (r *Revoked) Refused(now time.Time) bool { return !now.Before(r.At.Add(RevokeGrace)) }
+
+func (r *Revoked) over(now time.Time) bool { return now.After(r.NotAfter.Add(revokeSkew)) }
+
+// revocations are those in force. The issuance log keeps them.
+type revocations struct {
+	adding  sync.Mutex // held while one is added; taken before mu
+	mu      sync.Mutex
+	all     []Revoked     // guarded by mu; oldest first, also some that are over
+	changed chan struct{} // guarded by mu; closed and replaced when one was added; nil: nobody waits
+}
+
+// current returns those that are not over, forgets the others, and says when that
+// or which of them are refused changes by itself; zero: never. mu is held.
+func (r *revocations) current(now time.Time) (list []Revoked, next time.Time) {
+	for _, one := range r.all {
+		if one.over(now) {
+			continue
+		}
+		list = append(list, one)
+		at := one.NotAfter.Add(revokeSkew + 1)
+		if !one.Refused(now) {
+			at = one.At.Add(RevokeGrace)
+		}
+		if next.IsZero() || at.Before(next) {
+			next = at
+		}
+	}
+	r.all = list
+	return list, next
+}
+
+// Revoked lists the certificates that are revoked and have not expired, oldest
+// first. The channel is closed when one is added; next is when the list, or which
+// of it are refused, changes by itself; zero: never.
+func (a *Authority) Revoked() (list []Revoked, changed <-chan struct{}, next time.Time) {
+	r := &a.revoked
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.changed == nil {
+		r.changed = make(chan struct{})
+	}
+	list, next = r.current(a.now())
+	return list, r.changed, next
+}
+
+// IsRevoked reports whether a certificate of this authority is revoked, by its
+// serial number in bytes.
+func (a *Authority) IsRevoked(serial []byte) bool {
+	list, _, _ := a.Revoked()
+	text := fmt.Sprintf("%x", serial)
+	for i := range list {
+		if list[i].Serial == text {
+			return true
+		}
+	}
+	return false
+}
+
+// Revoke revokes a certificate that this authority has issued, until it has
+// expired. It returns when that is durable. One that is revoked already stays as
+// it is.
+func (a *Authority) Revoke(serial, reason string) (Revoked, error) {
+	switch {
+	case normalSerial(serial) == "" || strings.Trim(normalSerial(serial), "0123456789abcdef") != "":
+		return Revoked{}, fmt.Errorf("ca: serial: %.64q is no serial number; give hexadecimal digits, as `signet certs -o wide` and `signet audit -o json` show them", serial)
+	case strings.TrimSpace(reason) == "":
+		return Revoked{}, errors.New("ca: reason: is missing; say why, for who looks at the list")
+	case len(reason) > maxReason || strings.ContainsFunc(reason, func(c rune) bool { return c < ' ' || c == 0x7f }):
+		return Revoked{}, fmt.Errorf("ca: reason: at most %d bytes, without control characters", maxReason)
+	}
+	r := &a.revoked
+	r.adding.Lock()
+	defer r.adding.Unlock()
+	e, found, err := a.issuance.Find(serial)
+	now := a.now().UTC()
+	switch {
+	case !found && err != nil:
+		return Revoked{}, err
+	case !found:
+		return Revoked{}, fmt.Errorf("%w: %.64q", ErrNotIssued, serial)
+	case e.Kind == KindJWT:
+		return Revoked{}, fmt.Errorf("%w: %s is a token's jti; it is good until %s", ErrNotRevoked, e.Serial, e.NotAfter.Format(time.RFC3339))
+	}
+	one := Revoked{Serial: e.Serial, ID: e.ID, Reason: reason, At: now, NotAfter: e.NotAfter}
+	if one.over(now) {
+		return Revoked{}, fmt.Errorf("%w: %s of %s has expired at %s, nobody takes it any more", ErrNotRevoked, e.Serial, e.ID, e.NotAfter.Format(time.RFC3339))
+	}
+	r.mu.Lock()
+	list, _ := r.current(now)
+	r.mu.Unlock()
+	for i := range list {
+		if list[i].Serial == one.Serial {
+			return list[i], nil
+		}
+	}
+	if len(list) >= MaxRevoked {
+		return Revoked{}, ErrRevokedFull
+	}
+	n, err := a.issuance.append(line{Event: eventRevoked, Time: now, Serial: e.Serial, ID: e.ID, NotAfter: e.NotAfter, Reason: reason})
+	if err == nil {
+		err = a.issuance.sync(n)
+	}
+	if err != nil {
+		return Revoked{}, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all = append(list[:len(list):len(list)], one)
+	if r.changed != nil {
+		close(r.changed)
+		r.changed = nil
+	}
+	a.log.Warn("certificate revoked", "serial", one.Serial, "id", one.ID, "reason", reason, "not_after", one.NotAfter)
+	return one, nil
+}
+
+// openRevoked takes up what is revoked from the issuance log.
+func (a *Authority) openRevoked() error {
+	f, err := os.Open(a.issuance.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	now, start := a.now(), []byte(`{"event":"`+eventRevoked+`"`)
+	for r := bufio.NewReader(f); ; {
+		data, err := r.ReadBytes('\n')
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if !bytes.HasPrefix(data, start) {
+			continue
+		}
+		var e line
+		if err := json.Unmarshal(data, &e); err != nil {
+			return fmt.Errorf("%w: a revocation cannot be read: %w", ErrDamaged, err)
+		}
+		one := Revoked{Serial: e.Serial, ID: e.ID, Reason: e.Reason, At: e.Time, NotAfter: e.NotAfter}
+		if !one.over(now) {
+			a.revoked.all = append(a.revoked.all, one) // nobody else has it yet
+		}
+	}
+}

@@ -1,0 +1,202 @@
+package e2e
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/internal/adminclient"
+	"github.com/signet-mesh/signet/internal/lab"
+	"github.com/signet-mesh/signet/test/harness"
+)
+
+// revokedWithin is how soon nobody takes a revoked certificate any more; docs/identity.md.
+const revokedWithin = 5 * time.Second
+
+// copied is what somebody who reads the node's disk has: a workload's certificate
+// and key.
+func copied(t *testing.T, m *harness.Mesh, id string) (*tls.Certificate, string) {
+	t.Helper()
+	sum := sha256.Sum256([]byte(id))
+	found, err := filepath.Glob(filepath.Join(m.StateDir, "*", "svids", hex.EncodeToString(sum[:])+".json"))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("the certificate of %s: %d files, %v", id, len(found), err)
+	}
+	b, err := os.ReadFile(found[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var file struct {
+		Chain [][]byte `json:"chain"`
+		Key   []byte   `json:"key"`
+	}
+	if err := json.Unmarshal(b, &file); err != nil {
+		t.Fatal(err)
+	}
+	key, err := x509.ParsePKCS8PrivateKey(file.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(file.Chain[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Certificate{Certificate: file.Chain, PrivateKey: key}, hex.EncodeToString(leaf.SerialNumber.Bytes())
+}
+
+// keep opens a connection through the tunnel and delivers the instant of its end.
+func (u *tunnel) keep(t *testing.T, authority string) <-chan time.Time {
+	t.Helper()
+	body, feed := io.Pipe()
+	t.Cleanup(func() { feed.Close() })
+	resp, err := u.conn.RoundTrip((&http.Request{
+		Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: authority}, Host: authority, Body: body, ContentLength: -1,
+		Header: http.Header{},
+	}).WithContext(t.Context()))
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("the connection that was to stay open: %v, %v", resp, err)
+	}
+	over := make(chan time.Time, 1)
+	go func() {
+		defer resp.Body.Close()
+		_, _ = io.Copy(io.Discard, resp.Body)
+		over <- time.Now()
+	}()
+	return over
+}
+
+// TestRevokedCertificate: a copy of a workload's key and certificate, in somebody
+// else's hands, opens tunnels until the certificate is revoked; then they end, with
+// what is open in them, and no new one is of use, also after the control plane was
+// killed. The workload itself goes on with another certificate, and its neighbour
+// notices nothing. What is no certificate's serial number revokes nothing.
+//
+// What it defends: the rule of revoked serial numbers ahead of the policies (package
+// xds), that tunnels end (agent/revoked.go) and that holders renew first.
+func TestRevokedCertificate(t *testing.T) {
+	pods, documents := revokeBase("enforce")
+	pods["thief"] = "10.88.0.20"
+	documents["policies.yaml"] = grants(true)
+	m := harness.Start(t, harness.Options{Pods: pods, Documents: documents})
+	serve(t, m.Pod("server"), ":8080", echo)
+	neighbour := hold(t, m.Pod("batch"), serverAt)
+	own := hold(t, m.Pod("web"), serverAt)
+	stolen, serial := copied(t, m, idWeb)
+
+	thief := openTunnel(t, m.Pod("thief"), pods["server"], stolen)
+	idle := openTunnel(t, m.Pod("thief"), pods["server"], stolen)
+	asks := func(u *tunnel) (int, string) {
+		t.Helper()
+		status, _, got, err := u.ask(t.Context(), http.MethodConnect, serverAt, http.Header{})
+		if err != nil {
+			return 0, err.Error()
+		}
+		return status, got
+	}
+	for _, bad := range [][]string{{"--serial", "deadbeef", "--reason", "test"}, {"--serial", "wrong", "--reason", "test"}, {"--serial", serial}, {"--reason", "test"}} {
+		if out, code := m.CLI(append([]string{"ca", "revoke"}, bad...)...); code == 0 {
+			t.Errorf("signet ca revoke %v is taken: %s", bad, out)
+		}
+	}
+	if out, code := m.CLI("ca", "revoked"); code != 0 || !strings.Contains(out, "no certificate is revoked") {
+		t.Errorf("after bad input: %d, %s", code, out)
+	}
+	if status, got := asks(thief); status != http.StatusOK || got != "hello" {
+		t.Fatalf("before the revocation the copy must be of use: %d %q", status, got)
+	}
+	over := thief.keep(t, serverAt)
+	calls, failed, stop := callAlways(t, m.Pod("web"))
+
+	began := time.Now()
+	if out, code := m.CLI("ca", "revoke", "--serial", strings.ToUpper(serial), "--reason", "copied from a backup"); code != 0 {
+		t.Fatalf("signet ca revoke: %d, %s", code, out)
+	}
+	select {
+	case at := <-over:
+		t.Logf("the thief's connection ended %s after the revocation began", at.Sub(began).Round(time.Millisecond))
+		if at.Sub(began) > revokedWithin {
+			t.Errorf("that is later than %s", revokedWithin)
+		}
+	case <-time.After(2 * revokedWithin):
+		t.Fatal("the thief's connection stays open")
+	}
+	time.Sleep(time.Until(began.Add(revokedWithin)))
+	if status, got := asks(idle); status == http.StatusOK {
+		t.Errorf("an idle tunnel with the revoked certificate is of use: %q", got)
+	}
+	refused := func(when string) {
+		t.Helper()
+		for range 20 {
+			if status, got := asks(openTunnel(t, m.Pod("thief"), pods["server"], stolen)); status == http.StatusOK {
+				t.Fatalf("%s the copy is of use: %q", when, got)
+			}
+		}
+	}
+	refused("after the revocation")
+	if err := neighbour.ping(); err != nil {
+		t.Errorf("the neighbour's connection: %v", err)
+	}
+	if err := own.ping(); err == nil {
+		t.Error("a connection that was opened with the revoked certificate goes on")
+	}
+	stop()
+	t.Logf("the workload made %d connections meanwhile, %d failed", calls.Load(), failed.Load())
+	if failed.Load() != 0 || calls.Load() < 20 {
+		t.Errorf("%d of %d connections of the workload itself failed", failed.Load(), calls.Load())
+	}
+	if _, now := copied(t, m, idWeb); now == serial {
+		t.Error("the workload has the revoked certificate still")
+	}
+	m.Kill("control")
+	m.Eventually(20*time.Second, "the list after the control plane was killed", func() error {
+		if out, code := m.CLI("ca", "revoked"); code != 0 || !strings.Contains(out, serial) || !strings.Contains(out, "copied from a backup") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	refused("after the control plane was killed")
+	m.Eventually(5*time.Second, "records that say why", func() error {
+		for _, r := range m.Records(adminclient.AuditQuery{Verdicts: []audit.Verdict{audit.Denied}}) {
+			if r.Source.Serial == serial && strings.Contains(r.Reason, "revoked") {
+				return nil
+			}
+		}
+		return io.ErrNoProgress
+	})
+}
+
+// callAlways opens connections one after another until stop is called.
+func callAlways(t *testing.T, pod *lab.Pod) (calls, failed *atomic.Int64, stop func()) {
+	t.Helper()
+	calls, failed = new(atomic.Int64), new(atomic.Int64)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			if err := callEcho(context.WithoutCancel(ctx), pod, serverAt); err != nil {
+				failed.Add(1)
+				t.Logf("call %d at %s: %v", calls.Load(), time.Now().Format("05.000"), err)
+			}
+			calls.Add(1)
+			time.Sleep(20 * time.Millisecond)
+		}
+	}()
+	stop = func() { cancel(); <-done }
+	t.Cleanup(stop)
+	return calls, failed, stop
+}
