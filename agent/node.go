@@ -196,6 +196,10 @@ func (n *nodeIdentity) tryJoin(ctx context.Context) error {
 	})
 }
 
+// lookAtClock is how often the wall clock is compared with what is due. Timers
+// stand still while a machine is suspended; the wall clock does not.
+const lookAtClock = 2 * time.Second
+
 // keep renews at half of the certificate's life, or as soon as another root
 // signs, until ctx ends. A failed renewal keeps the certificate that is still
 // valid.
@@ -220,7 +224,10 @@ func (n *nodeIdentity) keep(ctx context.Context, client nodev1.NodeClient) {
 			return
 		case <-n.renew:
 			continue
-		case <-time.After(wait):
+		case <-time.After(min(wait, lookAtClock)):
+		}
+		if wait > lookAtClock {
+			continue
 		}
 		err = n.obtain(ctx, func(ctx context.Context, csr []byte) (*nodev1.NodeSVID, error) {
 			return client.Renew(ctx, &nodev1.RenewRequest{Csr: csr})
@@ -286,8 +293,13 @@ func (n *nodeIdentity) obtain(ctx context.Context, ask func(context.Context, []b
 	if err := n.setBundle(svid.GetBundle()); err != nil {
 		return err
 	}
-	if was != nil && !bytes.Equal(was.Certificate[len(was.Certificate)-1], cert.Certificate[len(cert.Certificate)-1]) {
-		n.reconnect() // another issuer
+	if was == nil {
+		return nil
+	}
+	if !time.Now().Before(was.Leaf.NotAfter) || !bytes.Equal(was.Certificate[len(was.Certificate)-1], cert.Certificate[len(cert.Certificate)-1]) {
+		// The control plane refuses all calls on a connection that began with a
+		// certificate that has expired, and watches for another issuer.
+		n.reconnect()
 	}
 	return nil
 }

@@ -120,7 +120,9 @@ func Open(opts Options) (*Authority, error) {
 		a.jwtKeyLife = DefaultJWTKeyLife
 	}
 	if a.now == nil {
-		a.now = time.Now
+		// Without the monotonic reading, by which instants would be compared
+		// first: it stands still while the machine is suspended.
+		a.now = func() time.Time { return time.Now().Round(0) }
 	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)

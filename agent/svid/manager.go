@@ -153,7 +153,9 @@ func New(c Config) *Manager {
 		changed: make(chan struct{}),
 	}
 	if m.now == nil {
-		m.now = time.Now
+		// Without the monotonic reading, by which instants would be compared
+		// first: it stands still while the machine is suspended.
+		m.now = func() time.Time { return time.Now().Round(0) }
 	}
 	if m.jitter == nil {
 		m.jitter = rand.Float64

@@ -20,7 +20,7 @@ import (
 
 // lookAround is how often the wall clock is compared with what is due. Timers
 // stand still while a machine is suspended; the wall clock does not.
-const lookAround = 5 * time.Second
+const lookAround = 2 * time.Second
 
 // Run obtains and renews certificates until ctx ends, and then returns nil
 // once all that it started has ended. Call it once.

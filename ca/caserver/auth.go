@@ -85,7 +85,7 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.WithValue(stream.Context(), nodeKey{}, name), c.leaf.NotAfter.Sub(s.now()))
+	ctx, cancel := s.whileValid(context.WithValue(stream.Context(), nodeKey{}, name), c.leaf)
 	defer cancel()
 	var cut atomic.Pointer[string] // the quarantine that ended the stream
 	watched := make(chan struct{})
@@ -111,11 +111,50 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	if quarantine := cut.Load(); quarantine != nil {
 		return s.refuseQuarantined(ctx, info.FullMethod, name, *quarantine)
 	}
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) && stream.Context().Err() == nil {
+	if errors.Is(context.Cause(ctx), errExpired) && stream.Context().Err() == nil {
 		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection has expired; connect again with a renewed one")
 	}
 	s.logOthers(ctx, info.FullMethod, name, err)
 	return err
+}
+
+// lookAtClock is how often the wall clock is compared with the end of the
+// certificates that streams were opened with. Timers stand still while a machine
+// is suspended; the wall clock does not.
+const lookAtClock = 2 * time.Second
+
+// errExpired is why a stream's context ends.
+var errExpired = errors.New("the certificate has expired")
+
+// whileValid returns a context that ends, because of errExpired, when a
+// certificate's time is over: as the wall clock says, or as long from now as was
+// left of it, whichever is first.
+func (s *Server) whileValid(ctx context.Context, leaf *x509.Certificate) (context.Context, context.CancelFunc) {
+	ctx, stop := context.WithTimeoutCause(ctx, leaf.NotAfter.Sub(s.now()), errExpired)
+	ctx, cancel := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			left := leaf.NotAfter.Sub(s.now())
+			if left <= 0 {
+				cancel(errExpired)
+				return
+			}
+			timer := time.NewTimer(min(left, lookAtClock))
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return
+			case <-timer.C:
+			}
+		}
+	}()
+	return ctx, func() {
+		cancel(nil)
+		stop()
+		<-done
+	}
 }
 
 // logOthers logs what another service on this server, which does not know the

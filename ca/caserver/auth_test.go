@@ -166,6 +166,23 @@ func TestRevokedNodeCertificate(t *testing.T) {
 	}
 }
 
+// An open stream ends within seconds when the wall clock says that its
+// certificate has expired, while no timer of an hour has run down: so it is after
+// the machine was suspended.
+func TestSuspendEndsStream(t *testing.T) {
+	w := newWorld(t, nil)
+	stream, err := w.dial(certFor(t, w.authority, nodeID("one"), time.Hour)).Watch(testContext(t), &nodev1.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	w.clock.advance(2 * time.Hour)
+	_, err = stream.Recv()
+	wantCode(t, err, codes.Unauthenticated, "expired")
+}
+
 // A root that is withdrawn stops working on connections that are open.
 func TestWithdrawnRoot(t *testing.T) {
 	w := newWorld(t, nil)

@@ -1,7 +1,6 @@
 package caserver
 
 import (
-	"context"
 	"slices"
 	"time"
 
@@ -38,7 +37,7 @@ func (s *Server) toReplica(srv any, stream grpc.ServerStream, info *grpc.StreamS
 	if want := ca.ControlID(s.authority.TrustDomain()); c.id != want {
 		return s.refuse(stream.Context(), info.FullMethod, "", codes.PermissionDenied, "the certificate is for %q; only %q may call", c.id, want)
 	}
-	ctx, cancel := context.WithTimeout(stream.Context(), c.leaf.NotAfter.Sub(s.now()))
+	ctx, cancel := s.whileValid(stream.Context(), c.leaf)
 	defer cancel()
 	return handler(srv, &nodeStream{stream, ctx})
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -93,16 +94,14 @@ func (a *app) up(ctx context.Context, f meshFlags) error {
 	if err != nil {
 		return err
 	}
-	ready := make(chan struct{})
-	waiting, stop := context.WithCancel(ctx)
-	go func() {
-		defer close(ready)
-		a.announce(waiting, m)
-	}()
 	log := slog.New(slog.NewTextHandler(a.err, nil))
+	var beside sync.WaitGroup
+	running, stop := context.WithCancel(ctx)
+	beside.Go(func() { a.announce(running, m) })
+	beside.Go(func() { m.keepToken(running, log) })
 	err = supervise.Run(ctx, log, a.err, m.processes()...)
 	stop()
-	<-ready
+	beside.Wait()
 	return err
 }
 
@@ -185,11 +184,7 @@ func (m *machine) agent() supervise.Process {
 			if _, err := os.Stat(root); err != nil {
 				return fmt.Errorf("the control plane has not made its root yet: %w", err)
 			}
-			token, err := m.tokens.Create(m.node, 10*time.Minute)
-			if err != nil {
-				return err
-			}
-			return os.WriteFile(m.tokenFile(), []byte(token), 0o600)
+			return m.writeToken()
 		},
 	}
 }

@@ -1,0 +1,242 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/signet-mesh/signet/test/clock"
+	"github.com/signet-mesh/signet/test/harness"
+)
+
+// clocks are the programs of a mesh that read a clock.
+var clocks = []string{"control", "agent", "envoy"}
+
+// moveClocks lets the clocks of some programs be off by a time, and all others
+// right.
+func moveClocks(t *testing.T, m *harness.Mesh, off time.Duration, names ...string) {
+	t.Helper()
+	for _, name := range clocks {
+		by := time.Duration(0)
+		for _, moved := range names {
+			if name == moved {
+				by = off
+			}
+		}
+		if err := clock.Move(m.Pid(name), by); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+	}
+}
+
+// pids are the processes of the mesh: one that starts anew has another.
+func pids(m *harness.Mesh) string {
+	return fmt.Sprintf("control %d, agent %d, envoy %d", m.Pid("control"), m.Pid("agent"), m.Pid("envoy"))
+}
+
+// serialOf is the certificate that the agent holds of a workload, and why it got
+// no newer one.
+func serialOf(t *testing.T, m *harness.Mesh, holder string) (serial, problem string) {
+	t.Helper()
+	certs, err := m.Client.Certificates(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range certs {
+		if c.Holder == holder {
+			return c.Serial, c.LastError
+		}
+	}
+	t.Fatalf("the agent does not know %s", holder)
+	return "", ""
+}
+
+// TestSuspendPastExpiry: the machine sleeps for longer than any certificate lives,
+// the node's included: all programs stand still, and when they go on their wall
+// clocks are a day ahead and their timers are where they were. Without a restart of
+// anything the node joins again, every certificate is made anew, and calls go well
+// within seconds; nobody else ever gets in.
+//
+// What it defends: that renewal, the end of streams, and the token with which a
+// node that has nothing left joins again, go by the wall clock and not by timers.
+func TestSuspendPastExpiry(t *testing.T) {
+	m := rotating(t, time.Hour)
+	if err := callEcho(t.Context(), m.Pod("red"), serverAt); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := serialOf(t, m, "shop/red")
+	node, _ := serialOf(t, m, "node")
+	running := pids(m)
+	all := []int{parentOf(t, m.Pid("control")), m.Pid("proxy")}
+	for _, name := range clocks {
+		all = append(all, m.Pid(name))
+	}
+	each := func(f func(pid int) error) {
+		t.Helper()
+		for _, pid := range all {
+			if err := f(pid); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	each(func(pid int) error { return syscall.Kill(pid, syscall.SIGSTOP) })
+	each(func(pid int) error { return clock.Move(pid, 25*time.Hour) })
+	each(func(pid int) error { return syscall.Kill(pid, syscall.SIGCONT) })
+	resumed := time.Now()
+	for _, what := range []struct{ holder, before string }{{"node", node}, {"shop/red", before}} {
+		m.Eventually(resumeWithin, what.holder+" to have a new certificate", func() error {
+			serial, problem := serialOf(t, m, what.holder)
+			if serial == "" || serial == what.before {
+				return fmt.Errorf("serial %q: %s", serial, problem)
+			}
+			return nil
+		})
+		t.Logf("%s has a new certificate %s after the machine went on", what.holder, time.Since(resumed).Round(10*time.Millisecond))
+	}
+	m.Eventually(resumeWithin, "calls to go well", func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		return callEcho(ctx, m.Pod("blue"), serverAt)
+	})
+	t.Logf("calls go well %s after the machine went on", time.Since(resumed).Round(10*time.Millisecond))
+	if err := callEcho(t.Context(), m.Pod("stranger"), serverAt); err == nil {
+		t.Error("a stranger got in")
+	}
+	if now := pids(m); now != running {
+		t.Errorf("a process was started anew: %s, before %s", now, running)
+	}
+}
+
+// parentOf is the parent of a process: of those of the mesh, signet up.
+func parentOf(t *testing.T, pid int) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent := 0
+	for line := range strings.Lines(string(status)) {
+		if _, err := fmt.Sscanf(line, "PPid: %d", &parent); err == nil {
+			return parent
+		}
+	}
+	t.Fatalf("process %d: /proc names no parent", pid)
+	return 0
+}
+
+// resumeWithin bounds how long a mesh takes after a suspend, on a busy machine.
+const resumeWithin = 30 * time.Second
+
+// clockCase is a jump and what is to be seen.
+type clockCase struct {
+	off   time.Duration
+	moved []string
+	fresh bool   // certificates made meanwhile are taken
+	opens bool   // new tunnels are opened with what the proxy has then
+	says  string // in the log of the mesh
+}
+
+func (c clockCase) String() string { return fmt.Sprintf("%s %s", strings.Join(c.moved, "+"), c.off) }
+
+// TestClockJumps: the clock of a program jumps. Up to ten seconds nothing fails,
+// with certificates that are made meanwhile too. By more than that a certificate
+// that one side holds to be early is used by nobody, the certificates that are there
+// stay, and it is said that a clock is the reason. When the clock is right again all
+// is well, and nothing was started anew.
+//
+// What it defends: that certificates are dated back, that the agent refuses an early
+// certificate and keeps the one it has, and that each refusal says why.
+func TestClockJumps(t *testing.T) {
+	const node, early, differ = "this node's clock is", "is before", "clock and the control plane's differ"
+	cases := []clockCase{
+		{10 * time.Second, []string{"control"}, true, true, ""},
+		{-10 * time.Second, []string{"envoy"}, true, true, ""},
+		{-5 * time.Minute, []string{"agent"}, false, true, node},
+		{-5 * time.Minute, []string{"envoy"}, true, false, ""},
+	}
+	if os.Getenv("SIGNET_TEST_LONG") != "" {
+		cases = append(cases,
+			clockCase{-10 * time.Second, []string{"control"}, true, true, ""},
+			clockCase{10 * time.Second, []string{"agent"}, true, true, ""},
+			clockCase{-10 * time.Second, []string{"agent"}, true, true, ""},
+			clockCase{10 * time.Second, []string{"envoy"}, true, true, ""},
+			clockCase{10 * time.Second, []string{"agent", "envoy"}, true, true, ""},
+			clockCase{-10 * time.Second, []string{"agent", "envoy"}, true, true, ""},
+			clockCase{5 * time.Minute, []string{"control"}, false, true, node},
+			clockCase{-5 * time.Minute, []string{"control"}, false, true, early},
+			clockCase{5 * time.Minute, []string{"agent"}, true, true, differ},
+			clockCase{-time.Hour, []string{"control"}, false, true, early},
+			clockCase{-time.Hour, []string{"agent"}, false, true, node},
+			clockCase{-time.Hour, []string{"envoy"}, true, false, ""},
+		)
+	}
+	for _, c := range cases {
+		t.Run(c.String(), func(t *testing.T) { jump(t, c) })
+	}
+}
+
+// jump tries one case.
+func jump(t *testing.T, c clockCase) {
+	m := rotating(t, time.Hour)
+	running := pids(m)
+	call := func(pod string) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		return callEcho(ctx, m.Pod(pod), serverAt)
+	}
+	long := hold(t, m.Pod("red"), serverAt)
+	before, _ := serialOf(t, m, "shop/red")
+	isFresh := func() error {
+		if serial, problem := serialOf(t, m, "shop/red"); serial == before || serial == "" {
+			return fmt.Errorf("serial %q: %s", serial, problem)
+		}
+		return nil
+	}
+	moveClocks(t, m, c.off, c.moved...)
+	// A shorter life of certificates has all of them made anew.
+	m.Write("mesh.yaml", strings.Replace(clockDocuments, ": TTL", ": 40m", 1))
+	if c.says != "" {
+		m.Eventually(10*time.Second, "the log to say "+c.says, func() error {
+			if !strings.Contains(m.Log(), c.says) {
+				return errors.New("it does not")
+			}
+			return nil
+		})
+	}
+	if c.fresh {
+		m.Eventually(10*time.Second, "a new certificate", isFresh)
+	} else if err := isFresh(); err == nil {
+		t.Error("a certificate was taken that is early for one side")
+	}
+	// The first of blue's calls: nobody has a tunnel for it yet.
+	if err := call("blue"); (err == nil) != c.opens {
+		t.Errorf("a call over a new tunnel: %v", err)
+	}
+	if err := call("stranger"); err == nil {
+		t.Error("a stranger got in")
+	}
+	if err := long.ping(); err != nil {
+		t.Errorf("a connection that was open: %v", err)
+	}
+	moveClocks(t, m, 0)
+	right := time.Now()
+	m.Eventually(resumeWithin, "a new certificate with right clocks", isFresh)
+	for _, pod := range []string{"red", "blue"} {
+		m.Eventually(resumeWithin, pod+" to be served with right clocks", func() error { return call(pod) })
+	}
+	t.Logf("all is well %s after the clock was right", time.Since(right).Round(10*time.Millisecond))
+	if now := pids(m); now != running {
+		t.Errorf("a process was started anew: %s, before %s", now, running)
+	}
+}
+
+// clockDocuments are those of rotating, with TTL for the life of certificates.
+var clockDocuments = harness.Config("TTL") + harness.Namespace("shop", "enforce") +
+	harness.Workload("shop", "red", "10.88.0.10") + harness.Workload("shop", "blue", "10.88.0.11") +
+	harness.Workload("shop", "server", "10.88.0.12") +
+	harness.Allow("shop", "allow", "server", []int{8080}, "red", "blue")
