@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/test/clock"
 	"github.com/signet-mesh/signet/test/harness"
 )
@@ -216,6 +217,18 @@ func jump(t *testing.T, c clockCase) {
 	// The first of blue's calls: nobody has a tunnel for it yet.
 	if err := call("blue"); (err == nil) != c.opens {
 		t.Errorf("a call over a new tunnel: %v", err)
+	}
+	if !c.opens {
+		m.Eventually(10*time.Second, "the audit to say why", func() error {
+			var said []string
+			for _, r := range m.Records(adminclient.AuditQuery{}) {
+				if said = append(said, r.Reason); strings.Contains(r.Reason, "CERTIFICATE_VERIFY_FAILED") {
+					t.Logf("the audit says: %s", r.Reason)
+					return nil
+				}
+			}
+			return fmt.Errorf("it says %q", said)
+		})
 	}
 	if err := call("stranger"); err == nil {
 		t.Error("a stranger got in")
