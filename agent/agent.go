@@ -278,7 +278,7 @@ func (a *agent) sdkRules() (sdkapi.Rules, bool) {
 	if s == nil {
 		return sdkapi.Rules{}, false
 	}
-	return sdkapi.Rules{TrustDomain: s.trustDomain, Model: s.model, Mode: func(namespace string) mesh.Mode { return s.modes[namespace] }}, true
+	return sdkapi.Rules{TrustDomain: s.trustDomain, Model: s.model, Refused: s.refusedReasons(), Mode: func(namespace string) mesh.Mode { return s.modes[namespace] }}, true
 }
 
 func svidState(s *nodeState) svid.State {

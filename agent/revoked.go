@@ -56,6 +56,17 @@ func (s *nodeState) refused() (out []string) {
 	return out
 }
 
+// refusedReasons is why each is refused.
+func (s *nodeState) refusedReasons() map[string]string {
+	out := map[string]string{}
+	for serial, r := range s.revoked {
+		if r.refused {
+			out[serial] = r.reason
+		}
+	}
+	return out
+}
+
 // liveTunnel is a caller's tunnel to a workload, as long as it is there.
 type liveTunnel struct {
 	workload string // namespace/name of the destination

@@ -94,7 +94,7 @@ func (m *Mesh) admit(raw *tls.Conn, e *sdkv1.Event, accepted bool, peer spiffeid
 
 // judge ends the connection if the rules in force refuse it.
 func (c *Conn) judge() error {
-	d := c.mesh.decide(c.accepted, c.peer, c.port)
+	d := c.mesh.decide(c.accepted, c.peer, c.event.PeerSerial, c.port)
 	if !d.refuses() {
 		return nil
 	}

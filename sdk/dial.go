@@ -29,7 +29,7 @@ func (m *Mesh) dialAs(ctx context.Context, network, address string, servers []sp
 		}
 		m.refused(e, verdict, reason)
 	}
-	if d := m.decide(false, spiffeid.ID{}, 0); d.refuses() {
+	if d := m.decide(false, spiffeid.ID{}, "", 0); d.refuses() {
 		fail(denied, d.reason)
 		return nil, &RefusedError{d.reason}
 	}

@@ -22,6 +22,7 @@ type rules struct {
 	self     authz.Target
 	enforce  bool
 	revision string
+	revoked  map[string]string // serial number -> reason
 }
 
 // verdict is what happened to a connection, as the audit has it.
@@ -51,6 +52,10 @@ func parse(r *sdkv1.Rules) (*rules, error) {
 		return nil, err
 	}
 	out := &rules{td: td, self: authz.Target{Namespace: r.GetNamespace(), ServiceAccount: r.GetServiceAccount()}, enforce: r.GetMode() != "observe"}
+	out.revoked = make(map[string]string, len(r.GetRevoked()))
+	for _, c := range r.GetRevoked() {
+		out.revoked[c.GetSerial()] = c.GetReason()
+	}
 	var policies []authz.Policy
 	for _, p := range r.GetPolicies() {
 		policy := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount()}
@@ -128,12 +133,19 @@ func (m *Mesh) now() (*rules, decision) {
 	return m.rules, decision{}
 }
 
-// decide decides about a caller, or about a call.
-func (m *Mesh) decide(accepted bool, peer spiffeid.ID, port uint16) decision {
+// decide decides about a caller, or about a call. serial is of the certificate
+// that the peer has shown; empty: none yet.
+func (m *Mesh) decide(accepted bool, peer spiffeid.ID, serial string, port uint16) decision {
 	r, none := m.now()
-	switch {
-	case r == nil:
+	if r == nil {
 		return none
+	}
+	why, revoked := r.revoked[serial]
+	switch {
+	case revoked && accepted:
+		return decision{denied, "the caller's certificate is revoked: " + why, "", r.revision}
+	case revoked:
+		return decision{denied, "the target's certificate is revoked: " + why, "", r.revision}
 	case accepted:
 		return r.inbound(peer, port)
 	}

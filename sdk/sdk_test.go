@@ -2,6 +2,7 @@ package sdk
 
 import (
 	"context"
+	"math/big"
 	"strings"
 	"testing"
 	"time"
@@ -63,6 +64,29 @@ func TestDecisions(t *testing.T) {
 	}
 }
 
+// A certificate that is revoked is refused whoever shows it, caller or server, and
+// whatever the policies say; another one of the same identity is not.
+func TestRevokedCertificates(t *testing.T) {
+	p := protected("observe")
+	p.Revoked = []*sdkv1.Revoked{{Serial: "0a0b", Reason: "copied"}}
+	r, err := parse(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &Mesh{rules: r, id: id("web")}
+	for accepted, reason := range map[bool]string{true: "the caller's certificate is revoked: copied", false: "the target's certificate is revoked: copied"} {
+		if d := m.decide(accepted, id("client"), "0a0b", 8443); !d.refuses() || d.reason != reason {
+			t.Errorf("accepted %v: %+v", accepted, d)
+		}
+		if d := m.decide(accepted, id("client"), "0a0c", 8443); d.refuses() {
+			t.Errorf("another certificate, accepted %v: %+v", accepted, d)
+		}
+	}
+	if got := serial(big.NewInt(0x0a0b)); got != "0a0b" {
+		t.Errorf("the serial number is written %q, the mesh writes 0a0b", got)
+	}
+}
+
 // Defends against what a broken agent sends: rules that make no sense are not
 // taken, in part neither.
 func TestRulesThatMakeNoSense(t *testing.T) {
@@ -84,7 +108,7 @@ func TestRulesThatMakeNoSense(t *testing.T) {
 func TestNoRulesRefuse(t *testing.T) {
 	m := &Mesh{why: "default deny: no policy is in force yet"}
 	for _, accepted := range []bool{true, false} {
-		if d := m.decide(accepted, id("client"), 8443); !d.refuses() || d.reason != m.why {
+		if d := m.decide(accepted, id("client"), "0a", 8443); !d.refuses() || d.reason != m.why {
 			t.Errorf("accepted %v: %+v", accepted, d)
 		}
 	}
@@ -122,7 +146,7 @@ func BenchmarkDecide(b *testing.B) {
 	}
 	m, from := &Mesh{rules: r}, id("client")
 	for b.Loop() {
-		if m.decide(true, from, 8443).refuses() {
+		if m.decide(true, from, "0a", 8443).refuses() {
 			b.Fatal("refused")
 		}
 	}

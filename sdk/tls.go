@@ -3,6 +3,7 @@ package sdk
 import (
 	"context"
 	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/big"
@@ -66,7 +67,7 @@ func (h *handshake) verify(state tls.ConnectionState) error {
 		return h.err
 	}
 	h.peer, h.peerSerial = id, serial(state.PeerCertificates[0].SerialNumber)
-	if h.decided = h.mesh.decide(h.accepted, id, h.port); h.decided.refuses() {
+	if h.decided = h.mesh.decide(h.accepted, id, h.peerSerial, h.port); h.decided.refuses() {
 		return &RefusedError{h.decided.reason}
 	}
 	return nil
@@ -159,7 +160,7 @@ func oneOf(ids []spiffeid.ID) string {
 func portText(p uint16) string { return strconv.Itoa(int(p)) }
 
 // serial is a serial number as the mesh writes it.
-func serial(n *big.Int) string { return fmt.Sprintf("%x", n) }
+func serial(n *big.Int) string { return hex.EncodeToString(n.Bytes()) }
 
 // clean makes a text fit for the audit: printable, 512 bytes at most.
 func clean(s string) string {

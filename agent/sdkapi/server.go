@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -48,6 +49,8 @@ type Rules struct {
 	TrustDomain spiffeid.TrustDomain
 	Model       *authz.Model
 	Mode        func(namespace string) mesh.Mode
+	// Refused are certificates that nobody is to take: serial number -> reason.
+	Refused map[string]string
 }
 
 // Config configures a Server. All fields are required.
@@ -187,6 +190,9 @@ func message(r Rules, w *mesh.Workload) *sdkv1.Rules {
 			m.Identities = append(m.Identities, p.String())
 		}
 		out.Quarantined = append(out.Quarantined, m)
+	}
+	for _, serial := range slices.Sorted(maps.Keys(r.Refused)) {
+		out.Revoked = append(out.Revoked, &sdkv1.Revoked{Serial: serial, Reason: r.Refused[serial]})
 	}
 	return out
 }

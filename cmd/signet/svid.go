@@ -172,8 +172,12 @@ func (a *app) keepFiles(ctx context.Context, f *svidFlags, command []string) err
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	u := &updates{make(chan *workloadapi.X509Context, 1), make(chan error, 1)}
-	watched := make(chan error, 1)
-	go func() { watched <- workloadapi.WatchX509Context(ctx, u, workloadapi.WithAddr(socket)) }()
+	watched := make(chan struct{})
+	var ended error // set before watched is closed
+	go func() {
+		defer close(watched)
+		ended = workloadapi.WatchX509Context(ctx, u, workloadapi.WithAddr(socket))
+	}()
 	defer func() { cancel(); <-watched }()
 
 	var patience <-chan time.Time
@@ -188,12 +192,11 @@ func (a *app) keepFiles(ctx context.Context, f *svidFlags, command []string) err
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-watched:
-			watched <- err
+		case <-watched:
 			if ctx.Err() != nil {
 				return nil
 			}
-			return fmt.Errorf("the Workload API on %s: %w", socket, err)
+			return fmt.Errorf("the Workload API on %s: %w", socket, ended)
 		case err := <-u.errs:
 			if why = describeAPI(err); why != said {
 				said = why

@@ -237,3 +237,56 @@ spec: {reason: a test, serviceAccounts: [shop/client]}
 		})
 	}
 }
+
+// TestSDKRevokedCertificate: a connection of a certificate that is revoked ends
+// within seconds, at both ends, while the program goes on with another one.
+func TestSDKRevokedCertificate(t *testing.T) {
+	m := startSDK(t, "1h")
+	l := m.serve(t)
+	m.Write("mesh.yaml", m.base+harness.Allow("shop", "allow-client", "server", []int{sdkPort(l)}, "client"))
+	for _, who := range []string{"client", "server"} {
+		var c *sdk.Conn
+		m.Eventually(5*time.Second, "a connection", func() (err error) {
+			c, err = m.open(t.Context(), m.client, l)
+			return err
+		})
+		certs, err := m.Client.Certificates(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		serial := ""
+		for _, cert := range certs {
+			if cert.ID == sa(who) {
+				serial = cert.Serial
+			}
+		}
+		began := time.Now()
+		if out, code := m.CLI("ca", "revoke", "--serial", serial, "--reason", "copied"); code != 0 {
+			t.Fatalf("signet ca revoke: %d, %s", code, out)
+		}
+		for err == nil && time.Since(began) < 10*time.Second {
+			err = word(c)
+			time.Sleep(5 * time.Millisecond)
+		}
+		c.Close()
+		t.Logf("%s: the open connection ended after %v: %v", who, time.Since(began), err)
+		if err == nil || !strings.Contains(err.Error(), "certificate is revoked: copied") && who == "server" {
+			t.Errorf("%s: the open connection: %v", who, err)
+		}
+		m.Eventually(2*time.Second, "a connection with another certificate", func() error {
+			c, err := m.open(t.Context(), m.client, l)
+			if err == nil {
+				err = c.Close()
+			}
+			return err
+		})
+		m.Eventually(5*time.Second, "the revocation in the audit", func() error {
+			for _, r := range m.Records(adminclient.AuditQuery{Since: began.Add(-time.Minute)}) {
+				if r.Ended == "revoked" && strings.HasSuffix(r.Reason, "certificate is revoked: copied") {
+					return nil
+				}
+			}
+			return errors.New("no record says so")
+		})
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // judge holds what callers were told, and what was recorded, against the book of
@@ -17,6 +19,7 @@ func (c *churn) judge() {
 	defer c.mu.Unlock()
 	c.book()
 	c.answers()
+	inVain := c.inVain()
 	tally := map[string]int{}
 	for _, key := range slices.Sorted(maps.Keys(c.records)) {
 		r := c.records[key]
@@ -28,6 +31,10 @@ func (c *churn) judge() {
 			look = c.atSource
 		}
 		wrong := look(&r)
+		if wrong != "" && inVain[r.Destination.Workload] && c.beforeItsAddress(&r) {
+			tally["refused at a pod that was begun in vain and then made again, with another address"]++
+			wrong = ""
+		}
 		tally[r.Side+" "+r.Transport+" "+r.Verdict]++
 		if strings.Contains(r.Reason, "did not prove") {
 			tally["somebody else than wanted, and so not spoken to"]++
@@ -58,6 +65,30 @@ func (c *churn) judge() {
 	if named.Wrong > 0 {
 		c.Errorf("the caller of a1: %+v", named)
 	}
+}
+
+// inVain lists the pods whose network was set up in vain, by the events that tell
+// so: the runtime begins anew then, and the pod gets another address. Until then
+// the first one was its own.
+func (c *churn) inVain() map[string]bool {
+	c.Helper()
+	events, err := c.client.CoreV1().Events(c.in).List(c.Context(), metav1.ListOptions{FieldSelector: "reason=FailedCreatePodSandBox"})
+	if err != nil {
+		c.Fatal(err)
+	}
+	out := map[string]bool{}
+	for _, e := range events.Items {
+		out[e.InvolvedObject.Namespace+"/"+e.InvolvedObject.Name] = true
+	}
+	c.Logf("%d pods were begun in vain", len(out))
+	return out
+}
+
+// beforeItsAddress reports whether a record is of a plaintext connection that was
+// refused before the pod had the address that it is known by.
+func (c *churn) beforeItsAddress(r *record) bool {
+	l := c.lives[r.Destination.Workload]
+	return l != nil && r.Side == "destination" && r.Transport == "plaintext" && r.Verdict == "denied" && r.Start.Before(l.seen)
 }
 
 // book tells how addresses were used again.

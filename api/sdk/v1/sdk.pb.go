@@ -90,6 +90,7 @@ type Rules struct {
 	Mode           string                 `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`               // enforce or observe
 	Policies       []*Policy              `protobuf:"bytes,5,rep,name=policies,proto3" json:"policies,omitempty"`       // those that protect the identity
 	Quarantined    []*Quarantined         `protobuf:"bytes,6,rep,name=quarantined,proto3" json:"quarantined,omitempty"` // whoever is cut off, from everybody
+	Revoked        []*Revoked             `protobuf:"bytes,7,rep,name=revoked,proto3" json:"revoked,omitempty"`         // certificates that nobody is to take
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -166,6 +167,65 @@ func (x *Rules) GetQuarantined() []*Quarantined {
 	return nil
 }
 
+func (x *Rules) GetRevoked() []*Revoked {
+	if x != nil {
+		return x.Revoked
+	}
+	return nil
+}
+
+type Revoked struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Serial        string                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"` // lower-case hexadecimal, two digits for each byte
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revoked) Reset() {
+	*x = Revoked{}
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revoked) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revoked) ProtoMessage() {}
+
+func (x *Revoked) ProtoReflect() protoreflect.Message {
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revoked.ProtoReflect.Descriptor instead.
+func (*Revoked) Descriptor() ([]byte, []int) {
+	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Revoked) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *Revoked) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type Policy struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	Namespace            string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -179,7 +239,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[2]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -191,7 +251,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[2]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -204,7 +264,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{2}
+	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -252,7 +312,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[3]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -264,7 +324,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[3]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -277,7 +337,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{3}
+	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Quarantined) GetName() string {
@@ -309,7 +369,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[4]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -321,7 +381,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[4]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -334,7 +394,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{4}
+	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ReportRequest) GetSpiffeId() string {
@@ -380,7 +440,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[5]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -392,7 +452,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[5]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -405,7 +465,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{5}
+	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{6}
 }
 
 // Event is news of one connection. The first about a connection opens it,
@@ -439,7 +499,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[6]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +511,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_sdk_v1_sdk_proto_msgTypes[6]
+	mi := &file_api_sdk_v1_sdk_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +524,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{6}
+	return file_api_sdk_v1_sdk_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Event) GetConnection() uint64 {
@@ -614,14 +674,18 @@ const file_api_sdk_v1_sdk_proto_rawDesc = "" +
 	"\x14api/sdk/v1/sdk.proto\x12\rsignet.sdk.v1\"E\n" +
 	"\fWatchRequest\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x18\n" +
-	"\asession\x18\x02 \x01(\fR\asession\"\xf6\x01\n" +
+	"\asession\x18\x02 \x01(\fR\asession\"\xa8\x02\n" +
 	"\x05Rules\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12'\n" +
 	"\x0fservice_account\x18\x03 \x01(\tR\x0eserviceAccount\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x121\n" +
 	"\bpolicies\x18\x05 \x03(\v2\x15.signet.sdk.v1.PolicyR\bpolicies\x12<\n" +
-	"\vquarantined\x18\x06 \x03(\v2\x1a.signet.sdk.v1.QuarantinedR\vquarantined\"\x9a\x01\n" +
+	"\vquarantined\x18\x06 \x03(\v2\x1a.signet.sdk.v1.QuarantinedR\vquarantined\x120\n" +
+	"\arevoked\x18\a \x03(\v2\x16.signet.sdk.v1.RevokedR\arevoked\"9\n" +
+	"\aRevoked\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x9a\x01\n" +
 	"\x06Policy\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
@@ -683,29 +747,31 @@ func file_api_sdk_v1_sdk_proto_rawDescGZIP() []byte {
 	return file_api_sdk_v1_sdk_proto_rawDescData
 }
 
-var file_api_sdk_v1_sdk_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_api_sdk_v1_sdk_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_api_sdk_v1_sdk_proto_goTypes = []any{
 	(*WatchRequest)(nil),   // 0: signet.sdk.v1.WatchRequest
 	(*Rules)(nil),          // 1: signet.sdk.v1.Rules
-	(*Policy)(nil),         // 2: signet.sdk.v1.Policy
-	(*Quarantined)(nil),    // 3: signet.sdk.v1.Quarantined
-	(*ReportRequest)(nil),  // 4: signet.sdk.v1.ReportRequest
-	(*ReportResponse)(nil), // 5: signet.sdk.v1.ReportResponse
-	(*Event)(nil),          // 6: signet.sdk.v1.Event
+	(*Revoked)(nil),        // 2: signet.sdk.v1.Revoked
+	(*Policy)(nil),         // 3: signet.sdk.v1.Policy
+	(*Quarantined)(nil),    // 4: signet.sdk.v1.Quarantined
+	(*ReportRequest)(nil),  // 5: signet.sdk.v1.ReportRequest
+	(*ReportResponse)(nil), // 6: signet.sdk.v1.ReportResponse
+	(*Event)(nil),          // 7: signet.sdk.v1.Event
 }
 var file_api_sdk_v1_sdk_proto_depIdxs = []int32{
-	2, // 0: signet.sdk.v1.Rules.policies:type_name -> signet.sdk.v1.Policy
-	3, // 1: signet.sdk.v1.Rules.quarantined:type_name -> signet.sdk.v1.Quarantined
-	6, // 2: signet.sdk.v1.ReportRequest.events:type_name -> signet.sdk.v1.Event
-	0, // 3: signet.sdk.v1.Connections.Watch:input_type -> signet.sdk.v1.WatchRequest
-	4, // 4: signet.sdk.v1.Connections.Report:input_type -> signet.sdk.v1.ReportRequest
-	1, // 5: signet.sdk.v1.Connections.Watch:output_type -> signet.sdk.v1.Rules
-	5, // 6: signet.sdk.v1.Connections.Report:output_type -> signet.sdk.v1.ReportResponse
-	5, // [5:7] is the sub-list for method output_type
-	3, // [3:5] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	3, // 0: signet.sdk.v1.Rules.policies:type_name -> signet.sdk.v1.Policy
+	4, // 1: signet.sdk.v1.Rules.quarantined:type_name -> signet.sdk.v1.Quarantined
+	2, // 2: signet.sdk.v1.Rules.revoked:type_name -> signet.sdk.v1.Revoked
+	7, // 3: signet.sdk.v1.ReportRequest.events:type_name -> signet.sdk.v1.Event
+	0, // 4: signet.sdk.v1.Connections.Watch:input_type -> signet.sdk.v1.WatchRequest
+	5, // 5: signet.sdk.v1.Connections.Report:input_type -> signet.sdk.v1.ReportRequest
+	1, // 6: signet.sdk.v1.Connections.Watch:output_type -> signet.sdk.v1.Rules
+	6, // 7: signet.sdk.v1.Connections.Report:output_type -> signet.sdk.v1.ReportResponse
+	6, // [6:8] is the sub-list for method output_type
+	4, // [4:6] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_api_sdk_v1_sdk_proto_init() }
@@ -719,7 +785,7 @@ func file_api_sdk_v1_sdk_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_sdk_v1_sdk_proto_rawDesc), len(file_api_sdk_v1_sdk_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
