@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 const (
@@ -109,17 +112,14 @@ func (a *Authority) IsRevoked(serial []byte) bool {
 // expired. It returns when that is durable. One that is revoked already stays as
 // it is.
 func (a *Authority) Revoke(serial, reason string) (Revoked, error) {
-	switch {
-	case normalSerial(serial) == "" || strings.Trim(normalSerial(serial), "0123456789abcdef") != "":
+	if normalSerial(serial) == "" || strings.Trim(normalSerial(serial), "0123456789abcdef") != "" {
 		return Revoked{}, fmt.Errorf("ca: serial: %.64q is no serial number; give hexadecimal digits, as `signet certs -o wide` and `signet audit -o json` show them", serial)
-	case strings.TrimSpace(reason) == "":
-		return Revoked{}, errors.New("ca: reason: is missing; say why, for who looks at the list")
-	case len(reason) > maxReason || strings.ContainsFunc(reason, func(c rune) bool { return c < ' ' || c == 0x7f }):
-		return Revoked{}, fmt.Errorf("ca: reason: at most %d bytes, without control characters", maxReason)
 	}
-	r := &a.revoked
-	r.adding.Lock()
-	defer r.adding.Unlock()
+	if err := checkReason(reason); err != nil {
+		return Revoked{}, err
+	}
+	a.revoked.adding.Lock()
+	defer a.revoked.adding.Unlock()
 	e, found, err := a.issuance.Find(serial)
 	now := a.now().UTC()
 	switch {
@@ -134,33 +134,91 @@ func (a *Authority) Revoke(serial, reason string) (Revoked, error) {
 	if one.over(now) {
 		return Revoked{}, fmt.Errorf("%w: %s of %s has expired at %s, nobody takes it any more", ErrNotRevoked, e.Serial, e.ID, e.NotAfter.Format(time.RFC3339))
 	}
-	r.mu.Lock()
-	list, _ := r.current(now)
-	r.mu.Unlock()
-	for i := range list {
-		if list[i].Serial == one.Serial {
-			return list[i], nil
-		}
-	}
-	if len(list) >= MaxRevoked {
-		return Revoked{}, ErrRevokedFull
-	}
-	n, err := a.issuance.append(line{Event: eventRevoked, Time: now, Serial: e.Serial, ID: e.ID, NotAfter: e.NotAfter, Reason: reason})
-	if err == nil {
-		err = a.issuance.sync(n)
-	}
+	all, err := a.revoke([]Revoked{one})
 	if err != nil {
 		return Revoked{}, err
 	}
+	return all[0], nil
+}
+
+// RevokeIdentity revokes every certificate that this authority has issued to an
+// identity and that has not expired. It returns when that is durable; when it
+// fails, some may be revoked, and it may be tried again.
+func (a *Authority) RevokeIdentity(id spiffeid.ID, reason string) ([]Revoked, error) {
+	if err := checkReason(reason); err != nil {
+		return nil, err
+	}
+	a.revoked.adding.Lock()
+	defer a.revoked.adding.Unlock()
+	now := a.now().UTC()
+	entries, err := a.issuance.read(func(e *line) bool {
+		return e.ID == id.String() && e.Kind != KindJWT && !(&Revoked{NotAfter: e.NotAfter}).over(now)
+	})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("ca: not every certificate of %s may be known: %w", id, err)
+	case len(entries) == 0:
+		return nil, fmt.Errorf("%w: none of %s that has not expired", ErrNotIssued, id)
+	}
+	var wanted []Revoked
+	for _, e := range entries {
+		wanted = append(wanted, Revoked{Serial: e.Serial, ID: e.ID, Reason: reason, At: now, NotAfter: e.NotAfter})
+	}
+	return a.revoke(wanted)
+}
+
+func checkReason(reason string) error {
+	switch {
+	case strings.TrimSpace(reason) == "":
+		return errors.New("ca: reason: is missing; say why, for who looks at the list")
+	case len(reason) > maxReason || strings.ContainsFunc(reason, func(c rune) bool { return c < ' ' || c == 0x7f }):
+		return fmt.Errorf("ca: reason: at most %d bytes, without control characters", maxReason)
+	}
+	return nil
+}
+
+// revoke puts revocations in force and returns them; those that were in force
+// already, as they were. revoked.adding is held.
+func (a *Authority) revoke(wanted []Revoked) ([]Revoked, error) {
+	r := &a.revoked
+	r.mu.Lock()
+	list, _ := r.current(a.now())
+	r.mu.Unlock()
+	var news []Revoked
+	for i, w := range wanted {
+		if at := slices.IndexFunc(list, func(had Revoked) bool { return had.Serial == w.Serial }); at >= 0 {
+			wanted[i] = list[at]
+		} else {
+			news = append(news, w)
+		}
+	}
+	if len(news) == 0 {
+		return wanted, nil
+	}
+	if len(list)+len(news) > MaxRevoked {
+		return nil, ErrRevokedFull
+	}
+	var last uint64
+	var err error
+	for _, w := range news {
+		if last, err = a.issuance.append(line{Event: eventRevoked, Time: w.At, Serial: w.Serial, ID: w.ID, NotAfter: w.NotAfter, Reason: w.Reason}); err != nil {
+			return nil, err
+		}
+	}
+	if err := a.issuance.sync(last); err != nil {
+		return nil, err
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.all = append(list[:len(list):len(list)], one)
+	r.all = slices.Concat(list, news)
 	if r.changed != nil {
 		close(r.changed)
 		r.changed = nil
 	}
-	a.log.Warn("certificate revoked", "serial", one.Serial, "id", one.ID, "reason", reason, "not_after", one.NotAfter)
-	return one, nil
+	for _, w := range news {
+		a.log.Warn("certificate revoked", "serial", w.Serial, "id", w.ID, "reason", w.Reason, "not_after", w.NotAfter)
+	}
+	return wanted, nil
 }
 
 // openRevoked takes up what is revoked from the issuance log.

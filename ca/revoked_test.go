@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // enter writes into the issuance log what an issuance does.
@@ -72,6 +74,38 @@ func TestRevocations(t *testing.T) {
 	c.advance(time.Hour + revokeSkew)
 	if list, _, _ = a.Revoked(); len(list) != 0 {
 		t.Errorf("it is kept when it has expired: %+v", list)
+	}
+}
+
+// TestRevokeIdentity: all certificates of an identity that have not expired are
+// revoked, and those of nobody else.
+func TestRevokeIdentity(t *testing.T) {
+	c := newClock()
+	a := openTest(t, t.TempDir(), func(o *Options) { o.Now = c.now })
+	web := spiffeid.RequireFromString("spiffe://mesh.test/ns/shop/sa/web")
+	enter(t, a, "0a", "", c.now().Add(time.Hour))
+	enter(t, a, "0b", "", c.now().Add(2*time.Hour))
+	enter(t, a, "0c", "", c.now().Add(-time.Hour))
+	enter(t, a, "0d", KindJWT, c.now().Add(time.Hour))
+	if err := a.issuance.intent(line{Time: c.now(), Serial: "0e", ID: web.String() + "2", NotAfter: c.now().Add(time.Hour)}); err != nil {
+		t.Fatal(err)
+	}
+	first, err := a.Revoke("0b", "first")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.RevokeIdentity(spiffeid.RequireFromString("spiffe://mesh.test/ns/shop/sa/none"), "x"); !errors.Is(err, ErrNotIssued) {
+		t.Errorf("an identity without certificates: %v", err)
+	}
+	if _, err := a.RevokeIdentity(web, " "); err == nil {
+		t.Error("without a reason")
+	}
+	all, err := a.RevokeIdentity(web, "stolen")
+	if err != nil || len(all) != 2 || all[0].Serial != "0a" || all[1] != first {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	if list, _, _ := a.Revoked(); len(list) != 2 {
+		t.Errorf("in force: %+v", list)
 	}
 }
 

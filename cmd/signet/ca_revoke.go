@@ -28,32 +28,40 @@ func (d *revokedDoc) Text(t *output.Text) {
 }
 
 func (a *app) newCARevokeCommand() *cobra.Command {
-	var serial, reason string
+	var serial, id, reason string
 	cmd := a.asks(&cobra.Command{
 		Use:   "revoke",
-		Short: "Have one certificate refused by every proxy, before it expires",
-		Long: `Have one certificate refused by every proxy, before it expires.
+		Short: "Have certificates refused by every proxy, before they expire",
+		Long: `Have one certificate, or all that an identity has now, refused by every proxy
+before they expire.
 
 Who holds it rightly has 2 s to renew it, which its agent does by itself. Then the
 tunnels that were opened with it end, with all connections in them, and callers
 who show it are refused. It stays so until the certificate has expired. The identity
 gets new certificates; a Quarantine is what cuts an identity off.`,
 		Example: `  signet audit --serial 694a9701a53b66da1abef0b30d9e99de
-  signet ca revoke --serial 694a9701a53b66da1abef0b30d9e99de --reason stolen`,
+  signet ca revoke --serial 694a9701a53b66da1abef0b30d9e99de --reason stolen
+  signet ca revoke --id spiffe://mesh.example/ns/shop/sa/web --reason copied`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			switch {
-			case serial == "":
-				return usage(errors.New("--serial: is missing; `signet certs -o wide` and `signet audit -o json` show serial numbers"))
+			case serial == "" && id == "":
+				return usage(errors.New("--serial: is missing; `signet certs -o wide` and `signet audit -o json` show serial numbers; --id is for all of an identity"))
+			case serial != "" && id != "":
+				return usage(errors.New("--serial and --id: give one of them"))
 			case reason == "":
 				return usage(errors.New("--reason: is missing; say why, for who looks at the list"))
 			}
 			return a.withRevoked(cmd, func(ctx context.Context, c *link) (adminv1.Revocations, error) {
+				if id != "" {
+					return c.RevokeIdentity(ctx, id, reason)
+				}
 				return c.Revoke(ctx, serial, reason)
 			})
 		},
 	})
 	cmd.Flags().StringVar(&serial, "serial", "", "the certificate's serial number, hexadecimal")
+	cmd.Flags().StringVar(&id, "id", "", "the identity whose certificates are all meant, a SPIFFE ID")
 	cmd.Flags().StringVar(&reason, "reason", "", "why")
 	return cmd
 }

@@ -192,6 +192,11 @@ func (c *Client) Revoke(ctx context.Context, serial, reason string) (r adminv1.R
 	return r, c.control.ask(ctx, http.MethodPost, "/v1/ca/revoke", url.Values{"serial": {serial}, "reason": {reason}}, &r)
 }
 
+// RevokeIdentity revokes all certificates of an identity, a SPIFFE ID.
+func (c *Client) RevokeIdentity(ctx context.Context, id, reason string) (r adminv1.Revocations, err error) {
+	return r, c.control.ask(ctx, http.MethodPost, "/v1/ca/revoke", url.Values{"id": {id}, "reason": {reason}}, &r)
+}
+
 // Revoked lists the certificates that are revoked and have not expired.
 func (c *Client) Revoked(ctx context.Context) (r adminv1.Revocations, err error) {
 	return r, c.control.ask(ctx, http.MethodGet, "/v1/ca/revoked", nil, &r)

@@ -49,7 +49,7 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 	})
 	mux.HandleFunc("GET /v1/ca/revoked", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.revoked(), nil) })
 	mux.HandleFunc("POST /v1/ca/revoke", func(w http.ResponseWriter, r *http.Request) {
-		err := c.revoke(r.FormValue("serial"), r.FormValue("reason"))
+		err := c.revoke(r.FormValue("serial"), r.FormValue("id"), r.FormValue("reason"))
 		adminserver.Answer(w, c.revoked(), err)
 	})
 	mux.HandleFunc("POST /v1/ca/distrust", func(w http.ResponseWriter, _ *http.Request) {

@@ -2,18 +2,32 @@ package control
 
 import (
 	"errors"
+	"fmt"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 )
 
-// revoke revokes one certificate. Replicas do not share what one of them revokes,
+// revoke revokes one certificate, by its serial number, or all of an identity. Replicas do not share what one of them revokes,
 // so where there may be others nothing is.
-func (c *control) revoke(serial, reason string) error {
+func (c *control) revoke(serial, id, reason string) error {
 	if c.cfg.Agents != nil {
 		return errors.New("in a cluster single certificates cannot be revoked yet; cut the identity off with a Quarantine, or replace the root with `kubectl signet ca distrust`")
 	}
-	_, err := c.authority.Load().Revoke(serial, reason)
+	if id == "" {
+		_, err := c.authority.Load().Revoke(serial, reason)
+		return err
+	}
+	if serial != "" {
+		return errors.New("give a serial number or an identity, not both")
+	}
+	whose, err := spiffeid.FromString(id)
+	if err != nil {
+		return fmt.Errorf("id: %w", err)
+	}
+	_, err = c.authority.Load().RevokeIdentity(whose, reason)
 	return err
 }
 

@@ -261,7 +261,11 @@ func TestSDKRevokedCertificate(t *testing.T) {
 			}
 		}
 		began := time.Now()
-		if out, code := m.CLI("ca", "revoke", "--serial", serial, "--reason", "copied"); code != 0 {
+		which := []string{"--serial", serial}
+		if who == "server" {
+			which = []string{"--id", sa(who)}
+		}
+		if out, code := m.CLI(append([]string{"ca", "revoke", "--reason", "copied"}, which...)...); code != 0 {
 			t.Fatalf("signet ca revoke: %d, %s", code, out)
 		}
 		for err == nil && time.Since(began) < 10*time.Second {
