@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -19,7 +21,7 @@ type revokedCert struct {
 	refused bool
 }
 
-func (r revokedCert) text() string { return "the caller's certificate is revoked: " + r.reason }
+func (r revokedCert) text() string { return authz.CallerRevoked + ": " + r.reason }
 
 // maxRevoked bounds what a node takes, above what any control plane sends.
 const maxRevoked = 4096
@@ -46,14 +48,8 @@ func (s *nodeState) isRevoked(serial string) bool {
 }
 
 // refused lists the certificates that the proxy refuses.
-func (s *nodeState) refused() (out []string) {
-	for serial, r := range s.revoked {
-		if r.refused {
-			out = append(out, serial)
-		}
-	}
-	slices.Sort(out)
-	return out
+func (s *nodeState) refused() []string {
+	return slices.Sorted(maps.Keys(s.refusedReasons()))
 }
 
 // refusedReasons is why each is refused.

@@ -143,7 +143,7 @@ func (m *Mesh) decide(accepted bool, peer spiffeid.ID, serial string, port uint1
 	why, revoked := r.revoked[serial]
 	switch {
 	case revoked && accepted:
-		return decision{denied, "the caller's certificate is revoked: " + why, "", r.revision}
+		return decision{denied, authz.CallerRevoked + ": " + why, "", r.revision}
 	case revoked:
 		return decision{denied, "the target's certificate is revoked: " + why, "", r.revision}
 	case accepted:

@@ -139,7 +139,7 @@ func inbound(l *line, e *audit.Event) {
 	case l.Code == 403 && quarantine(l) != "":
 		r.Verdict, r.Reason = audit.Denied, authz.CallerCutOff(quarantine(l), l.Peer)
 	case l.Code == 403 && strings.Contains(l.Details, "rbac_access_denied_matched_policy["+xds.PolicyRevoked+"]"):
-		r.Verdict, r.Reason = audit.Denied, "the caller's certificate is revoked"
+		r.Verdict, r.Reason = audit.Denied, authz.CallerRevoked
 	case l.Code == 403:
 		r.Verdict, r.Reason = audit.Denied, l.Deny
 		if r.Reason == "" {
