@@ -98,14 +98,10 @@ func (a *Authority) Revoked() (list []Revoked, changed <-chan struct{}, next tim
 // IsRevoked reports whether a certificate of this authority is revoked, by its
 // serial number in bytes.
 func (a *Authority) IsRevoked(serial []byte) bool {
-	list, _, _ := a.Revoked()
-	text := fmt.Sprintf("%x", serial)
-	for i := range list {
-		if list[i].Serial == text {
-			return true
-		}
-	}
-	return false
+	r, text, now := &a.revoked, fmt.Sprintf("%x", serial), a.now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(r.all, func(one Revoked) bool { return one.Serial == text && !one.over(now) })
 }
 
 // Revoke revokes a certificate that this authority has issued, until it has
