@@ -42,11 +42,11 @@ func parseConfig(in *v1alpha1.MeshConfig) (settings, []string) {
 	out := settings{ttl: defaultTTL}
 	var faults []string
 	name := in.Spec.TrustDomain
-	td, err := spiffeid.TrustDomainFromString(name)
+	td, err := mesh.ParseTrustDomain(name)
 	switch {
 	case name == "":
 		faults = append(faults, "spec.trustDomain: is missing; give a name such as mesh.example")
-	case err != nil || len(name) > 255 || strings.Contains(name, ":") || strings.Contains(name, "/") || slices.Contains(strings.Split(name, "."), ""):
+	case err != nil:
 		faults = append(faults, fmt.Sprintf("spec.trustDomain: %q must be a bare name such as mesh.example", name))
 	default:
 		out.td = td
