@@ -82,15 +82,7 @@ func (m *sdkMesh) serve(t *testing.T) *sdk.Listener {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() { defer c.Close(); echo(c) }()
-		}
-	}()
+	go acceptAll(l, echo)
 	return l
 }
 

@@ -59,15 +59,7 @@ spec:
 	}
 	l := server.NewListener(inner)
 	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() { defer c.Close(); echo(c) }()
-		}
-	}()
+	go acceptAll(l, echo)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	c, err := client.Dial(ctx, "tcp", "10.88.0.12:8443", sdkID("server"))

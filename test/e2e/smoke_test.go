@@ -22,15 +22,18 @@ func serve(t *testing.T, p *lab.Pod, addr string, f func(net.Conn)) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() { defer c.Close(); f(c) }()
+	go acceptAll(l, f)
+}
+
+// acceptAll has f answer every connection, until the listener is closed.
+func acceptAll(l net.Listener, f func(net.Conn)) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
 		}
-	}()
+		go func() { defer c.Close(); f(c) }()
+	}
 }
 
 // echo sends back what it gets until the caller closes its side.
