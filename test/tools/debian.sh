@@ -24,6 +24,12 @@ need ssh openssh-client
 need curl curl
 need tcpdump tcpdump
 need /usr/lib/cni/bridge containernetworking-plugins
+# test/cluster.
+need containerd containerd
+need ctr containerd
+need runc runc
+need iptables iptables
+need conntrack conntrack
 # test/clients, in Python, Java and Rust.
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
 need javac default-jdk-headless
