@@ -39,6 +39,9 @@ type Options struct {
 	Profile Profile
 	// RootStore keeps the roots where replicas share them. Nil means files in Dir.
 	RootStore RootStore
+	// RootKeys keeps the keys of the roots that are made, and of those whose names
+	// are in root.key-uri and next-root.key-uri. Nil means beside the roots.
+	RootKeys RootKeys
 	// JWTKeyLife is how long a key signs JWT-SVIDs before the next one does.
 	// Zero means DefaultJWTKeyLife.
 	JWTKeyLife time.Duration
@@ -63,6 +66,7 @@ type Authority struct {
 	jwtIssuer       string
 	jwtStore        JWTKeyStore
 	rootStore       RootStore
+	rootKeys        RootKeys   // nil: keys are in rootStore
 	rootsMu         sync.Mutex // held while the stored roots are changed; taken before mu
 	rootVersion     string     // guarded by rootsMu; of the stored roots that are in force
 	now             func() time.Time
@@ -77,6 +81,10 @@ type Authority struct {
 	roots        rootSet       // guarded by mu; replaced whole
 	intermediate *pair         // guarded by mu; replaced whole
 	changed      chan struct{} // guarded by mu; closed and replaced when the bundle changes
+	renewing     *renewal      // guarded by mu; nil: none is under way
+	renewFailed  time.Time     // guarded by mu; when the last renewal failed; zero: it did not
+
+	renewals sync.WaitGroup
 
 	revoked revocations
 
@@ -99,6 +107,7 @@ func Open(opts Options) (*Authority, error) {
 		jwtIssuer:       opts.JWTIssuer,
 		jwtStore:        opts.JWTKeyStore,
 		rootStore:       opts.RootStore,
+		rootKeys:        opts.RootKeys,
 		now:             opts.Now,
 		log:             opts.Log,
 		changed:         make(chan struct{}),
@@ -206,10 +215,12 @@ func (a *Authority) openRoots(ctx context.Context) error {
 			return err
 		}
 		var set rootSet
-		if len(files[rootName+".crt"])+len(files[rootName+".key"]) > 0 {
-			set, err = parseRoots(a.td, a.rootStore, files, a.now())
+		if len(files[rootName+".crt"])+len(files[rootName+".key"])+len(files[rootName+keyNameExt]) > 0 {
+			if set, err = parseRoots(a.td, a.rootStore, a.rootKeys, files, a.now()); err == nil {
+				err = a.proveRoots(set)
+			}
 		} else if err = a.refuseOrphans(); err == nil {
-			if set.signs, err = newRoot(a.td, a.now(), a.rootTTL); err != nil {
+			if set.signs, err = a.makeRoot(); err != nil {
 				err = fmt.Errorf("make the root: %w", err)
 			}
 		}
@@ -235,6 +246,7 @@ func (a *Authority) openRoots(ctx context.Context) error {
 		a.mu.Lock()
 		a.roots = set
 		a.mu.Unlock()
+		a.destroyUnused(want)
 		return nil
 	}
 }
@@ -249,55 +261,16 @@ func (a *Authority) refuseOrphans() error {
 	return nil
 }
 
-func (a *Authority) openIntermediate() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	p, err := readPair(a.dir, intermediateName)
-	if err != nil {
-		return err
-	}
-	if p != nil {
-		// The trust domain is checked apart from the rest: a foreign one is
-		// an operator's mistake, an expired or stale one just gets replaced.
-		if err := checkTrustDomain(a.td, p.cert, true); err != nil {
-			return fmt.Errorf("%s: %w", filepath.Join(a.dir, intermediateName+".crt"), err)
-		}
-		if err := checkIntermediate(a.td, p, a.roots.signs, a.now()); err == nil {
-			a.intermediate = p
-			return nil
-		} else {
-			a.log.Warn("the stored intermediate is not usable and is replaced", "err", err)
-		}
-	}
-	return a.renewIntermediate()
-}
-
-// renewIntermediate makes and stores a new intermediate. The caller holds mu.
-func (a *Authority) renewIntermediate() error {
-	p, err := newIntermediate(a.td, a.roots.signs, a.now(), a.intermediateTTL)
-	if err != nil {
-		return fmt.Errorf("make an intermediate: %w", err)
-	}
-	key, err := encodeKey(p.key)
-	if err != nil {
-		return err
-	}
-	if err := writePair(a.dir, intermediateName, encodeCerts(p.cert), key); err != nil {
-		return fmt.Errorf("store the intermediate: %w", err)
-	}
-	a.intermediate = p
-	a.log.Info("made a new intermediate", "serial", formatSerial(p.cert.SerialNumber), "not_after", stamp(p.cert.NotAfter))
-	return nil
-}
-
 // Close ends the authority; it is idempotent. What was issued stays valid.
 func (a *Authority) Close() error {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.closed {
+	closed := a.closed
+	a.closed = true
+	a.mu.Unlock()
+	if closed {
 		return nil
 	}
-	a.closed = true
+	a.renewals.Wait()
 	var errs []error
 	if a.issuance != nil {
 		errs = append(errs, a.issuance.close())

@@ -64,20 +64,20 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// writePair replaces a certificate and its key as one: both are written to a
-// staging directory whose rename commits them, and finishPair moves them into
-// place, now or after a crash.
-func writePair(dir, name string, crt, key []byte) error {
+// writePair replaces a certificate and its key, or the name of that, as one: both
+// are written to a staging directory whose rename commits them, and finishPair
+// moves them into place, now or after a crash. The files are by what their names
+// have beyond that of the pair.
+func writePair(dir, name string, files map[string][]byte) error {
 	tmp, err := os.MkdirTemp(dir, wholefile.TempPattern) // mode 0700
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	if err := wholefile.Write(filepath.Join(tmp, name+".key"), key); err != nil {
-		return err
-	}
-	if err := wholefile.Write(filepath.Join(tmp, name+".crt"), crt); err != nil {
-		return err
+	for ext, data := range files {
+		if err := wholefile.Write(filepath.Join(tmp, name+ext), data); err != nil {
+			return err
+		}
 	}
 	if err := os.Rename(tmp, stagingDir(dir, name)); err != nil {
 		return err
@@ -97,7 +97,16 @@ func finishPair(dir, name string) error {
 	} else if err != nil {
 		return err
 	}
-	for _, ext := range []string{".key", ".crt"} {
+	// The key of before goes first, where the new one is of the other kind.
+	for ext, other := range map[string]string{".key": keyNameExt, keyNameExt: ".key"} {
+		if _, err := os.Stat(filepath.Join(staging, name+ext)); err != nil {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, name+other)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	for _, ext := range []string{".key", keyNameExt, ".crt"} {
 		err := os.Rename(filepath.Join(staging, name+ext), filepath.Join(dir, name+ext))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // already moved
 			return err

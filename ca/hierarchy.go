@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -61,17 +62,22 @@ const rootCN = "signet root"
 
 // newRoot makes a self-signed root.
 func newRoot(td spiffeid.TrustDomain, now time.Time, ttl time.Duration) (*pair, error) {
-	tmpl, err := caTemplate(td, rootCN, now, now.Add(ttl))
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	return selfSigned(td, now, ttl, key)
+}
+
+// selfSigned makes a root of a key.
+func selfSigned(td spiffeid.TrustDomain, now time.Time, ttl time.Duration, key crypto.Signer) (*pair, error) {
+	tmpl, err := caTemplate(td, rootCN, now, now.Add(ttl))
 	if err != nil {
 		return nil, err
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("sign the root: %w", err)
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {

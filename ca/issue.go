@@ -133,11 +133,9 @@ func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root
 		next = a.roots.signs.cert.NotAfter
 	}
 	if (past || short) && next.After(cur.NotAfter.Add(time.Second)) || now.Before(cur.NotBefore) {
-		if err := a.renewIntermediate(); err != nil {
-			if short || now.Before(cur.NotBefore) {
-				return nil, nil, err
-			}
-			a.log.Error("the intermediate is past half its life and could not be renewed", "err", err, "not_after", stamp(cur.NotAfter))
+		must := short || now.Before(cur.NotBefore)
+		if err := a.renew(must); err != nil && must {
+			return nil, nil, err
 		}
 	}
 	return a.intermediate, a.roots.signs.cert, nil

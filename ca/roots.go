@@ -22,7 +22,8 @@ import (
 
 // RootStore keeps the roots of a trust domain, by file name: root.crt and
 // root.key, next-root.crt and next-root.key while a rotation is under way, and
-// further-roots.crt and distrusted-roots. Replicas of a control plane share one.
+// further-roots.crt and distrusted-roots. For a key that RootKeys keeps there is
+// root.key-uri with its name. Replicas of a control plane share one.
 type RootStore interface {
 	// Load returns what was last saved and a version of it; both are zero when
 	// nothing was.
@@ -65,11 +66,11 @@ func (s rootSet) files() (map[string][]byte, error) {
 		if p == nil {
 			continue
 		}
-		key, err := encodeKey(p.key)
+		ext, key, err := keyFile(p.key)
 		if err != nil {
 			return nil, err
 		}
-		out[name+".crt"], out[name+".key"] = encodeCerts(p.cert), key
+		out[name+".crt"], out[name+ext] = encodeCerts(p.cert), key
 	}
 	if len(s.further) > 0 {
 		out[furtherRootsFile] = encodeCerts(s.further...)
@@ -87,9 +88,9 @@ func (s rootSet) files() (map[string][]byte, error) {
 // parseRoots reads and checks what a RootStore kept. A crash between two of a
 // directory's files may have left traces: what signs already is neither the next
 // root nor a further one.
-func parseRoots(td spiffeid.TrustDomain, store RootStore, files map[string][]byte, now time.Time) (s rootSet, err error) {
+func parseRoots(td spiffeid.TrustDomain, store RootStore, keys RootKeys, files map[string][]byte, now time.Time) (s rootSet, err error) {
 	place := store.String()
-	if s.signs, err = parsePair(place, rootName, files); err != nil {
+	if s.signs, err = rootPair(place, rootName, files, keys); err != nil {
 		return s, err
 	}
 	if s.signs == nil {
@@ -100,7 +101,7 @@ func parseRoots(td spiffeid.TrustDomain, store RootStore, files map[string][]byt
 	}
 	isRoot := func(c *x509.Certificate) bool { return bytes.Equal(c.Raw, s.signs.cert.Raw) }
 	if files[nextRootName+".crt"] != nil { // of a removal that was cut short, the key may be left
-		if s.next, err = parsePair(place, nextRootName, files); err != nil {
+		if s.next, err = rootPair(place, nextRootName, files, keys); err != nil {
 			return s, err
 		}
 		if isRoot(s.next.cert) {
@@ -139,7 +140,7 @@ func (d dirRoots) String() string { return string(d) }
 
 func (d dirRoots) Load(context.Context) (map[string][]byte, string, error) {
 	files := map[string][]byte{}
-	for _, name := range []string{rootName + ".crt", rootName + ".key", nextRootName + ".crt", nextRootName + ".key", furtherRootsFile, distrustedFile} {
+	for _, name := range []string{rootName + ".crt", rootName + ".key", rootName + keyNameExt, nextRootName + ".crt", nextRootName + ".key", nextRootName + keyNameExt, furtherRootsFile, distrustedFile} {
 		data, err := readFile(filepath.Join(string(d), name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -172,16 +173,22 @@ func (d dirRoots) Save(ctx context.Context, files map[string][]byte, _ string) e
 		}
 	}
 	for _, name := range []string{rootName, nextRootName} {
-		crt, key := files[name+".crt"], files[name+".key"]
+		crt := files[name+".crt"]
 		switch {
 		case crt == nil: // only the next root's
-			for _, ext := range []string{".crt", ".key"} {
+			for _, ext := range []string{".crt", ".key", keyNameExt} {
 				if err := os.Remove(filepath.Join(dir, name+ext)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}
 			}
 		case !bytes.Equal(crt, was[name+".crt"]):
-			if err := writePair(dir, name, crt, key); err != nil {
+			pair := map[string][]byte{}
+			for _, ext := range []string{".crt", ".key", keyNameExt} {
+				if data := files[name+ext]; data != nil {
+					pair[ext] = data
+				}
+			}
+			if err := writePair(dir, name, pair); err != nil {
 				return err
 			}
 		}

@@ -79,7 +79,7 @@ func (a *Authority) PrepareRoot() error {
 		case len(s.further) > 0:
 			return s, ErrRootInUse
 		}
-		s.next, err = newRoot(a.td, a.now(), a.rootTTL)
+		s.next, err = a.makeRoot()
 		return s, err
 	})
 }
@@ -119,7 +119,7 @@ func (a *Authority) DistrustRoot() error {
 				s.distrusted = append(slices.Clone(s.distrusted), f)
 			}
 		}
-		s.next, err = newRoot(a.td, a.now(), a.rootTTL)
+		s.next, err = a.makeRoot()
 		return s, err
 	})
 }
@@ -159,7 +159,7 @@ func (a *Authority) tryChangeRoots(ctx context.Context, change func(rootSet) (ro
 	if err != nil {
 		return err
 	}
-	was, err := parseRoots(a.td, a.rootStore, files, a.now())
+	was, err := parseRoots(a.td, a.rootStore, a.rootKeys, files, a.now())
 	if err != nil {
 		return err
 	}
@@ -170,34 +170,44 @@ func (a *Authority) tryChangeRoots(ctx context.Context, change func(rootSet) (ro
 	if files, err = next.files(); err != nil {
 		return err
 	}
+	below, err := a.intermediateBelow(next) // before it counts: the next root's key may be away
+	if err != nil {
+		return err
+	}
 	if err := a.rootStore.Save(ctx, files, version); err != nil {
 		return err
 	}
-	return a.useRoots(next)
+	a.useRoots(next, below)
+	a.destroyUnused(files)
+	return nil
 }
 
-// useRoots puts stored roots into force. When another one signs, so does a new
-// intermediate below it.
-func (a *Authority) useRoots(next rootSet) error {
+// intermediateBelow makes the intermediate that roots need before they are put into
+// force; nil: the present one stays. The caller holds rootsMu, so the present roots
+// stay too.
+func (a *Authority) intermediateBelow(next rootSet) (*pair, error) {
+	a.mu.Lock()
+	was := a.roots.signs.cert
+	a.mu.Unlock()
+	if next.signs.cert.Equal(was) {
+		return nil, nil
+	}
+	return newIntermediate(a.td, next.signs, a.now(), a.intermediateTTL)
+}
+
+// useRoots puts stored roots into force, with what intermediateBelow made for them.
+func (a *Authority) useRoots(next rootSet, below *pair) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	was := a.roots
 	if slices.EqualFunc(was.bundle(), next.bundle(), (*x509.Certificate).Equal) && slices.Equal(was.distrusted, next.distrusted) {
-		return nil
+		return
 	}
-	if signs := next.signs.cert; !signs.Equal(was.signs.cert) {
-		p, err := newIntermediate(a.td, next.signs, a.now(), a.intermediateTTL)
-		if err != nil {
-			return err
-		}
-		a.intermediate = p
-		key, err := encodeKey(p.key)
-		if err == nil {
-			err = writePair(a.dir, intermediateName, encodeCerts(p.cert), key)
-		}
-		if err != nil {
+	if signs := next.signs.cert; below != nil {
+		if err := a.useIntermediate(below); err != nil {
 			a.log.Error("the new intermediate could not be stored; the next start makes another", "err", err)
 		}
+		a.intermediate = below
 		a.log.Info("another root signs", "fingerprint", FingerprintOf(signs).String(), "former", FingerprintOf(was.signs.cert).String())
 	}
 	if next.next != nil && (was.next == nil || !next.next.cert.Equal(was.next.cert)) {
@@ -214,7 +224,6 @@ func (a *Authority) useRoots(next rootSet) error {
 	a.roots = next
 	close(a.changed)
 	a.changed = make(chan struct{})
-	return nil
 }
 
 // FollowRoots puts into force what other replicas store, until ctx ends. While
@@ -245,13 +254,15 @@ func (a *Authority) followRoots(ctx context.Context) error {
 	if err != nil || version != "" && version == a.rootVersion {
 		return err
 	}
-	next, err := parseRoots(a.td, a.rootStore, files, a.now())
+	next, err := parseRoots(a.td, a.rootStore, a.rootKeys, files, a.now())
 	if err != nil {
 		return err
 	}
-	if err := a.useRoots(next); err != nil {
+	below, err := a.intermediateBelow(next)
+	if err != nil {
 		return err
 	}
+	a.useRoots(next, below)
 	a.rootVersion = version
 	return nil
 }
