@@ -19,6 +19,8 @@ REPOSITORY ?= localhost
 BENCHFLAGS ?=
 # A ztunnel program, for interop and bench.
 ZTUNNEL ?=
+# 1: `make build` builds signet-control with PKCS#11, for which cgo is needed.
+PKCS11 ?=
 # 1: quickstart leaves its mesh running.
 KEEP ?=
 
@@ -36,10 +38,12 @@ help: ## List what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## Build bin/signet, bin/signet-control, bin/signet-agent, bin/signet-proxy and bin/signet-cni
+build: ## Build the programs into bin/; with PKCS11=1 signet up can keep the root's key in a token
 	@echo "build: bin/"
 	@mkdir -p bin
 	@$(BUILD) -o bin/ ./cmd/signet ./cmd/signet-control ./cmd/signet-agent ./cmd/signet-proxy ./cmd/signet-cni
+	@# The resolver and the look-up of users stay those of the build without cgo.
+	@if [ "$(PKCS11)" = 1 ]; then CGO_ENABLED=1 $(GO) build -trimpath -buildvcs=false -tags netgo,osusergo -ldflags "-X main.version=$(VERSION)" -o bin/ ./cmd/signet-control; fi
 
 .PHONY: tools
 tools: ## Get Envoy into .tools/

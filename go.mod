@@ -42,6 +42,8 @@ require (
 
 require github.com/coreos/go-oidc/v3 v3.21.0
 
+require github.com/miekg/pkcs11 v1.1.2
+
 require (
 	cel.dev/expr v0.25.3 // indirect
 	github.com/Microsoft/go-winio v0.6.2 // indirect

@@ -23,8 +23,8 @@ import (
 // such as a PKCS#11 token. Every call ends in bounded time, with an error if what
 // is behind it does not answer. It is safe for concurrent use.
 type RootKeys interface {
-	// Name returns a name, one line of text, for a key that is to be made. No
-	// other key has it.
+	// Name returns a name, one word, for a key that is to be made. No other key
+	// has it.
 	Name() (string, error)
 	// Make makes a key. After an error it may be there nevertheless, or come to
 	// be there later.

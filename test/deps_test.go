@@ -62,6 +62,8 @@ var rules = map[string]rule{
 
 	"ca": {own: []string{"internal/wholefile"}, outside: []string{spiffe, unix}, banned: []string{"net/http", "os/exec"},
 		why: "the keys that everything hangs on stay with little code; it does not even know what a workload is"},
+	"ca/pkcs11": {own: []string{"ca", "internal/wholefile"}, outside: []string{"github.com/miekg/pkcs11"}, banned: []string{"net", "net/http", "os/exec"},
+		why: "the only code that runs a library of somebody else's in the control plane, so it is little and does nothing else"},
 	"ca/caserver": {own: []string{"ca", "internal/bundle", "internal/mesh", "internal/x509check", "internal/wholefile", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
 		why: "decides for whom the authority signs, from the state alone; it has no part in proxies"},
 
@@ -116,7 +118,7 @@ var rules = map[string]rule{
 		why: "judges what strangers send; it needs the keys it is given, and the clock"},
 	"internal/kubeclient": {own: []string{"internal/adminclient", "api/admin/v1"}, outside: []string{"k8s.io/..."},
 		why: "the operator's way to the control plane through the API server; it answers nothing itself"},
-	"internal/control": {own: []string{"api/...", "authz", "ca", "ca/caserver", "internal/adminserver", "internal/fanout", "internal/federation", "internal/manifest", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"},
+	"internal/control": {own: []string{"api/...", "authz", "ca", "ca/caserver", "ca/pkcs11", "internal/adminserver", "internal/fanout", "internal/federation", "internal/manifest", "internal/mesh", "internal/unixsocket", "xds", "xds/xdsserver"},
 		outside: []string{spiffe, grpc, protobuf, envoy, metrics, "golang.org/x/sync/..."},
 		why:     "composition of the control plane; nothing of the agent's"},
 	"internal/kube": {own: []string{"api/node/v1", "api/v1alpha1", "authz", "ca", "ca/caserver", "internal/fanout", "internal/mesh", "internal/wholefile"},
@@ -150,6 +152,7 @@ var sole = map[string]struct {
 	why string
 }{
 	"go.etcd.io/bbolt":               {[]string{"agent/audit"}, "the store's files are opened by the package that keeps their promises, or by nobody"},
+	"github.com/miekg/pkcs11":        {[]string{"ca/pkcs11"}, "cgo stays in one place, and the default build has none"},
 	"k8s.io/client-go":               {[]string{"internal/kube", "internal/kubeclient", "cmd", "test"}, "everything else runs, and is tested, without Kubernetes"},
 	"sigs.k8s.io/controller-runtime": {[]string{"internal/kube"}, "everything else runs, and is tested, without Kubernetes"},
 	"github.com/spf13/cobra":         {[]string{"cmd"}, "flags are the business of programs"},

@@ -30,6 +30,9 @@ func main() {
 	defer stop()
 	if err := run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "signet-control:", err)
+		if errors.Is(err, ca.ErrNoRetry) {
+			os.Exit(control.ExitNoRetry)
+		}
 		os.Exit(1)
 	}
 }
@@ -44,6 +47,7 @@ type options struct {
 	jwtKeyLife                        time.Duration
 	json                              bool
 	federation                        control.FederationConfig
+	rootKey                           control.RootKeyConfig
 }
 
 func run(ctx context.Context, args []string) error {
@@ -65,6 +69,7 @@ func run(ctx context.Context, args []string) error {
 	f.StringVar(&o.admin, "admin-listen", "", "where the operator connects (default 127.0.0.1:9441, or control-admin.sock in --run-dir)")
 	f.StringVar(&o.health, "health-listen", "", "serves /healthz, /readyz and /metrics (default :9440, or nowhere)")
 	f.DurationVar(&o.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
+	o.rootKey.Flags(f)
 	o.federation.Flags(f)
 	f.BoolVar(&o.json, "log-json", false, "log lines of JSON")
 	if err := f.Parse(args); err != nil {
@@ -78,6 +83,12 @@ func run(ctx context.Context, args []string) error {
 		return fmt.Errorf("--jwt-key-life: %w", err)
 	}
 	if err := o.federation.Check(o.jwtKeyLife); err != nil {
+		return err
+	}
+	if o.kubernetes && o.rootKey.URI != "" {
+		return errors.New("--root-key and --kubernetes: give one of them; replicas in a cluster share the roots of the Secret signet-ca, and a token is on one machine")
+	}
+	if err := o.rootKey.Check(); err != nil {
 		return err
 	}
 	switch {
@@ -94,6 +105,10 @@ func run(ctx context.Context, args []string) error {
 }
 
 func (o *options) onMachine(ctx context.Context, log *slog.Logger) error {
+	rootKeys, err := o.rootKey.Open(o.stateDir, log)
+	if err != nil {
+		return err
+	}
 	cfg := control.Config{
 		Version:      version,
 		Source:       control.Files(o.documents, o.node, log),
@@ -101,6 +116,7 @@ func (o *options) onMachine(ctx context.Context, log *slog.Logger) error {
 		Listen:       or(o.listen, filepath.Join(o.runDir, "control.sock")),
 		AdminListen:  or(o.admin, filepath.Join(o.runDir, "control-admin.sock")),
 		HealthListen: o.health,
+		RootKeys:     rootKeys,
 		JWTKeyLife:   o.jwtKeyLife,
 		Federation:   o.federation,
 		Log:          log,

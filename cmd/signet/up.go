@@ -33,6 +33,7 @@ type meshFlags struct {
 	noProxy     bool
 	jwtKeyLife  time.Duration
 	federation  control.FederationConfig
+	rootKey     control.RootKeyConfig
 }
 
 func (a *app) newUpCommand() *cobra.Command {
@@ -48,7 +49,8 @@ is refused, and the last good state stays in force.
 When the mesh stops, captured network namespaces stay captured: what is closed
 stays closed until the mesh is back, or until ` + "`signet release`" + ` lets them go.`,
 		Example: `  signet up -c examples/quickstart
-  signet up -c /etc/signet --run-dir /run/signet --state-dir /var/lib/signet`,
+  signet up -c /etc/signet --run-dir /run/signet --state-dir /var/lib/signet
+  signet up -c /etc/signet --root-key 'pkcs11:token=mesh?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=/etc/signet-pin'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.documents == "" {
@@ -58,6 +60,9 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 				return usage(fmt.Errorf("--jwt-key-life: %w", err))
 			}
 			if err := f.federation.Check(f.jwtKeyLife); err != nil {
+				return usage(err)
+			}
+			if err := f.rootKey.Check(); err != nil {
 				return usage(err)
 			}
 			return a.up(cmd.Context(), f)
@@ -73,6 +78,7 @@ stays closed until the mesh is back, or until ` + "`signet release`" + ` lets th
 	cmd.Flags().StringVar(&f.envoy, "envoy", "", "Envoy program ($"+envEnvoy+", the project's tools, or PATH)")
 	cmd.Flags().IntVar(&f.concurrency, "proxy-threads", 0, "worker threads of the proxy (default: one for each processor)")
 	cmd.Flags().DurationVar(&f.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
+	f.rootKey.Flags(cmd.Flags())
 	f.federation.Flags(cmd.Flags())
 	cmd.Flags().BoolVar(&f.noAudit, "no-audit", false, "keep no audit; for measuring what it costs")
 	cmd.Flags().BoolVar(&f.noProxy, "no-proxy", false, "start no proxy: signet-proxy runs beside, with --run-dir as here and --state-dir that of the agent, 'agent' in the one here")
@@ -164,8 +170,9 @@ func (m *machine) processes() []supervise.Process {
 
 func (m *machine) control() supervise.Process {
 	args := []string{"--config", m.documents, "--node", m.node, "--state-dir", m.stateDir, "--run-dir", m.runDir, "--jwt-key-life", m.jwtKeyLife.String()}
+	args = append(args, m.rootKey.Args()...)
 	args = append(args, m.federation.Args()...)
-	return supervise.Process{Name: "control", Path: filepath.Join(m.bin, "signet-control"), Args: args, Grace: 5 * time.Second}
+	return supervise.Process{Name: "control", Path: filepath.Join(m.bin, "signet-control"), Args: args, Grace: 5 * time.Second, Final: control.ExitNoRetry}
 }
 
 func (m *machine) agent() supervise.Process {

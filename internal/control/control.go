@@ -71,6 +71,8 @@ type Config struct {
 	Tokens caserver.Joiner
 	// Roots keeps the authority's roots; nil: files in its directory.
 	Roots ca.RootStore
+	// RootKeys keeps the keys of roots that are made; nil: beside the roots.
+	RootKeys ca.RootKeys
 	// JWTKeys keeps the keys that sign JWT-SVIDs; nil: a file beside the root's.
 	JWTKeys ca.JWTKeyStore
 	// JWTKeyLife is how long each signs; zero: ca.DefaultJWTKeyLife.
@@ -159,7 +161,7 @@ func (c *control) serve(ctx context.Context) error {
 	first, _ := c.feed.Get()
 	td := first.State.TrustDomain
 	dir := AuthorityDir(c.cfg.StateDir)
-	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, RootKeys: c.cfg.RootKeys, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ type child struct {
 	tried chan struct{} // closed after the first attempt to start
 	stop  chan struct{} // closed by Run: end the process
 	ended chan struct{} // closed when loop has returned
+	final func(error)   // ends Run
 
 	starts int
 }
@@ -55,6 +56,11 @@ func (c *child) loop(ctx context.Context) {
 			}
 			if c.Exited != nil {
 				c.Exited(err)
+			}
+			var exit *exec.ExitError
+			if c.Final != 0 && errors.As(err, &exit) && exit.ExitCode() == c.Final {
+				c.final(&finalError{c.Name, c.Final})
+				return
 			}
 		}
 		if ctx.Err() != nil {

@@ -42,6 +42,9 @@ type Process struct {
 	// failed. Like Before it is called from one goroutine at a time, and holds
 	// up the restart while it runs.
 	Exited func(err error)
+	// Final, if not 0, is the exit status with which the process says that another
+	// start would be of no use, or would do harm. Run then ends.
+	Final int
 	// Grace is how long the process may take to end after SIGTERM before it is
 	// killed. 0 means 10 s.
 	Grace time.Duration
@@ -49,7 +52,8 @@ type Process struct {
 
 // Run starts the processes in order, restarts each that ends, and returns
 // when ctx has ended and all of them are gone. It returns an error only if
-// the processes are described wrongly, and has then started nothing.
+// the processes are described wrongly, and has then started nothing, or if one of
+// them ended with its Final status, and has then stopped the others.
 //
 // A process starts when the one before it has been started or has failed to
 // start for the first time. A start that fails, and a process that ends with
@@ -69,6 +73,8 @@ func Run(ctx context.Context, log *slog.Logger, out io.Writer, procs ...Process)
 	if err := check(procs); err != nil {
 		return err
 	}
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	shared := &output{w: out}
 	children := make([]*child, len(procs))
 	for i, p := range procs {
@@ -82,6 +88,7 @@ func Run(ctx context.Context, log *slog.Logger, out io.Writer, procs ...Process)
 			tried:   make(chan struct{}),
 			stop:    make(chan struct{}),
 			ended:   make(chan struct{}),
+			final:   end,
 		}
 		children[i] = c
 		go c.loop(ctx)
@@ -92,7 +99,20 @@ func Run(ctx context.Context, log *slog.Logger, out io.Writer, procs ...Process)
 		close(children[i].stop)
 		<-children[i].ended
 	}
+	if final := new(finalError); errors.As(context.Cause(ctx), &final) {
+		return final
+	}
 	return nil
+}
+
+// finalError is the end of a process with its Final status.
+type finalError struct {
+	name   string
+	status int
+}
+
+func (e *finalError) Error() string {
+	return fmt.Sprintf("%s has ended with status %d: starting it again would not help; see what it said", e.name, e.status)
 }
 
 func check(procs []Process) error {

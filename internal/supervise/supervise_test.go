@@ -414,3 +414,30 @@ func TestNextDelay(t *testing.T) {
 		}
 	}
 }
+
+// A process that says that another start would do harm is started once, and
+// everything ends with it. Defends a token that locks itself after a few wrong PINs.
+func TestFinal(t *testing.T) {
+	starts := filepath.Join(t.TempDir(), "starts")
+	final := shell("final", `echo >>"$1"; exit 78`, starts)
+	final.Final = 78
+	out := newLines()
+	err := Run(t.Context(), slog.New(slog.DiscardHandler), out, shell("other", "exec sleep 60"), final)
+	if err == nil || !strings.Contains(err.Error(), "final has ended with status 78") {
+		t.Errorf("error %v", err)
+	}
+	if b, err := os.ReadFile(starts); err != nil || string(b) != "\n" {
+		t.Errorf("started %d times, %v", len(b), err)
+	}
+	// Another status is brought back as ever.
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	other := shell("final", `echo >>"$1"; exit 77`, starts)
+	other.Final = 78
+	if err := Run(ctx, slog.New(slog.DiscardHandler), out, other); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(starts); err != nil || len(b) < 3 {
+		t.Errorf("started %d times, %v", len(b), err)
+	}
+}

@@ -24,6 +24,11 @@ need ssh openssh-client
 need curl curl
 need tcpdump tcpdump
 need /usr/lib/cni/bridge containernetworking-plugins
+# ca/pkcs11: a token, another program that looks into it, and one behind a socket.
+need softhsm2-util softhsm2
+need pkcs11-tool opensc
+need /usr/libexec/p11-kit/p11-kit-server p11-kit
+compgen -G '/usr/lib/*/pkcs11/p11-kit-client.so' >/dev/null || packages+=(p11-kit-modules)
 # test/cluster.
 need containerd containerd
 need ctr containerd
