@@ -448,3 +448,12 @@ func TestPINStaysSecret(t *testing.T) {
 		t.Errorf("%v\n%s", err, &log)
 	}
 }
+
+// The build without cgo, which is the default, has a test of its own.
+func TestWithoutCgo(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-run", "TestAbsent$", ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: TestAbsent")) {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

@@ -1,14 +1,8 @@
 package main
 
 import (
-	"errors"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/signet-mesh/signet/internal/control"
 )
 
 const rootKey = "pkcs11:token=mesh?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=/nowhere/pin"
@@ -30,27 +24,5 @@ func TestRootKeyFlags(t *testing.T) {
 		if err := run(t.Context(), tt.args); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%v: error %v, want one that says %q", tt.args, err, tt.want)
 		}
-	}
-}
-
-// The build without cgo, which is the default, says how to get one with PKCS#11,
-// with the status that keeps it from being started again.
-func TestWithoutPKCS11(t *testing.T) {
-	dir := t.TempDir()
-	program := filepath.Join(dir, "signet-control")
-	build := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", program, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	pin := filepath.Join(dir, "pin")
-	if err := os.WriteFile(pin, []byte("1234"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.CommandContext(t.Context(), program, "--config", dir, "--state-dir", filepath.Join(dir, "state"),
-		"--root-key", "pkcs11:token=mesh?module-path="+program+"&pin-source="+pin).CombinedOutput()
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) || exit.ExitCode() != control.ExitNoRetry || !strings.Contains(string(out), "built without PKCS#11") || !strings.Contains(string(out), "make build PKCS11=1") {
-		t.Errorf("%v: %s", err, out)
 	}
 }
