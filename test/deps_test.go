@@ -101,6 +101,9 @@ var rules = map[string]rule{
 	"sdk": {own: []string{"api/sdk/v1", "authz", "internal/x509check"}, outside: []string{spiffe, grpc, protobuf},
 		why: "part of users' programs, so it brings little along; it decides as the mesh does, with authz and x509check"},
 
+	"conformance": {outside: []string{"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload", grpc, protobuf}, banned: []string{"os", "os/exec"},
+		why: "judges any implementation, this one too, so it shares no code with any: of go-spiffe it has the messages of the protocol and nothing that reads what is in them"},
+
 	"internal/adminclient": {own: []string{"agent/audit", "api/admin/v1"},
 		why: "asks a running mesh; it must not be able to answer for it"},
 	"internal/adminserver": {own: []string{"api/admin/v1", "internal/x509check"}, outside: []string{spiffe, "golang.org/x/net/netutil"},
