@@ -220,4 +220,3 @@ func checkContentType(ctx context.Context, s *session) (string, error) {
 	}
 	return f.contentType, nil
 }
-

@@ -294,4 +294,3 @@ func checkSignature(ctx context.Context, s *session) (string, error) {
 	})
 	return fmt.Sprintf("%d tokens", len(all)), err
 }
-

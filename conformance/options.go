@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -68,45 +69,50 @@ const (
 	defaultAudience     = "spiffe-conformance-suite"
 )
 
-// open checks the options and connects.
-func (o *Options) open(ctx context.Context) (*session, error) {
-	s := &session{Options: *o}
-	if s.Timeout == 0 {
-		s.Timeout = defaultTimeout
-	}
-	if s.FirstMessage == 0 {
-		s.FirstMessage = defaultFirstMessage
-	}
-	if s.leeway == 0 {
-		s.leeway = defaultLeeway
-	}
-	if s.Audience == "" {
-		s.Audience = defaultAudience
-	}
+// Check says what makes no sense in the options; Run refuses them then.
+func (o *Options) Check() error {
 	switch {
-	case s.Timeout < 0 || s.FirstMessage < 0 || s.Wait < 0:
-		return nil, errors.New("conformance: Timeout, FirstMessage and Wait must not be negative")
+	case o.Timeout < 0 || o.FirstMessage < 0 || o.Wait < 0:
+		return errors.New("Timeout, FirstMessage and Wait must not be negative")
 	case o.Endpoint == "" && o.Stranger == "" && o.Federation == nil:
-		return nil, errors.New("conformance: nothing to look at: give Endpoint, Stranger or Federation")
+		return errors.New("nothing to look at: give Endpoint, Stranger or Federation")
 	case o.TrustDomain != "":
 		if id, err := parseID("spiffe://" + o.TrustDomain); err != nil || id.path != "" {
-			return nil, fmt.Errorf("conformance: TrustDomain %q is no name of a trust domain, such as example.org", o.TrustDomain)
+			return fmt.Errorf("TrustDomain: %q is no name of a trust domain, such as example.org", o.TrustDomain)
+		}
+	}
+	for name, text := range map[string]string{"Endpoint": o.Endpoint, "Stranger": o.Stranger} {
+		if _, _, err := endpointAddress(text); text != "" && err != nil {
+			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
 	for _, id := range o.IDs {
 		if parsed, err := parseID(id); err != nil || parsed.path == "" {
-			return nil, fmt.Errorf("conformance: IDs: %q is no SPIFFE ID of a workload", id)
+			return fmt.Errorf("IDs: %q is no SPIFFE ID of a workload", id)
 		}
 	}
-	slices.Sort(s.IDs)
 	if f := o.Federation; f != nil {
 		if _, err := url.Parse(f.URL); err != nil || f.URL == "" {
-			return nil, fmt.Errorf("conformance: Federation: URL %q is none", f.URL)
+			return fmt.Errorf("Federation: URL: %q is none", f.URL)
 		}
 		if id, err := parseID(f.SPIFFEID); f.SPIFFEID != "" && (err != nil || id.path == "") {
-			return nil, fmt.Errorf("conformance: Federation: SPIFFEID %q is no SPIFFE ID with a path", f.SPIFFEID)
+			return fmt.Errorf("Federation: SPIFFEID: %q is no SPIFFE ID with a path", f.SPIFFEID)
 		}
 	}
+	return nil
+}
+
+// open checks the options and connects.
+func (o *Options) open(ctx context.Context) (*session, error) {
+	if err := o.Check(); err != nil {
+		return nil, fmt.Errorf("conformance: %w", err)
+	}
+	s := &session{Options: *o}
+	s.Timeout = cmp.Or(s.Timeout, defaultTimeout)
+	s.FirstMessage = cmp.Or(s.FirstMessage, defaultFirstMessage)
+	s.leeway = cmp.Or(s.leeway, defaultLeeway)
+	s.Audience = cmp.Or(s.Audience, defaultAudience)
+	s.IDs = slices.Sorted(slices.Values(s.IDs))
 	for _, e := range []struct {
 		name, address string
 		conn          **grpc.ClientConn

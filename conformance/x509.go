@@ -355,4 +355,3 @@ func checkVerifies(l leaf) error {
 	}
 	return verify(l.certs, roots)
 }
-

@@ -100,7 +100,7 @@ Exit codes, the same with every -o:
 	flags.Var(&a.color, "color", "auto|always|never; auto honours NO_COLOR and TERM=dumb")
 	complete(root, "color", "auto", "always", "never")
 	root.AddCommand(a.newUpCommand(), a.newReleaseCommand(), a.newCheckCommand(), a.newProbeCommand(), a.newPolicyCommand(), a.newAuditCommand(),
-		a.newCertsCommand(), a.newCACommand(), a.newSVIDCommand(), a.newStatusCommand(), a.newVersionCommand())
+		a.newCertsCommand(), a.newCACommand(), a.newSVIDCommand(), a.newConformanceCommand(), a.newStatusCommand(), a.newVersionCommand())
 	if a.plugin {
 		asPlugin(root)
 	}
