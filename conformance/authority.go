@@ -13,7 +13,7 @@ var authorityChecks = []check{
 	{Check{"authority-ca", docX509, "4.1", Must, "cA is true in every signing certificate"}, eachAuthority(checkAuthorityCA)},
 	{Check{"authority-key-usage", docX509, "4.3", Must, "key usage of a signing certificate is critical, and has keyCertSign"}, eachAuthority(checkAuthorityUsage)},
 	{Check{"authority-id", docX509, "3.2", Must, "the SPIFFE ID of a signing certificate, if it has one, has no path"}, eachAuthority(checkAuthorityID)},
-	{Check{"authority-svid", docID, "3.1", Should, "a root carries the SPIFFE ID of its trust domain"}, checkRootID},
+	{Check{"authority-svid", docX509, "3.2", Should, "a root carries the SPIFFE ID of its trust domain"}, checkRootID},
 }
 
 // x509BundleChecks are about FetchX509Bundles, and the bundles of others.

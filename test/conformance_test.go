@@ -1,11 +1,14 @@
 package test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/signet-mesh/signet/conformance"
 )
 
 var (
@@ -63,5 +66,32 @@ func TestConformanceNamesTests(t *testing.T) {
 	}
 	if rows < 30 {
 		t.Errorf("%d rows were read", rows)
+	}
+}
+
+// TestConformanceSuite: the list of checks in docs/conformance.md is the suite's.
+func TestConformanceSuite(t *testing.T) {
+	const path = "../docs/conformance.md"
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, after, ok := strings.Cut(string(raw), "TestConformanceSuite -->\n")
+	if !ok {
+		t.Fatal("the mark before the list is not there")
+	}
+	var want strings.Builder
+	want.WriteString("\n| check | specification | level | what is wanted |\n| --- | --- | --- | --- |\n")
+	for _, c := range conformance.Checks() {
+		fmt.Fprintf(&want, "| `%s` | %s %s | %s | %s |\n", c.ID, c.Document, c.Section, c.Level, c.Demand)
+	}
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := os.WriteFile(path, []byte(before+"TestConformanceSuite -->\n"+want.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if after != want.String() {
+		t.Error("the list is not that of the suite: UPDATE_GOLDEN=1 go test ./test -run TestConformanceSuite")
 	}
 }
