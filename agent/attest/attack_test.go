@@ -100,7 +100,7 @@ func TestExited(t *testing.T) {
 func TestWithoutPeerPidfd(t *testing.T) {
 	b := newBench(t)
 	c := b.start("connect", b.self)
-	cred := &unix.Ucred{Pid: int32(c.cmd.Process.Pid)}
+	cred := &unix.Ucred{Pid: int32(c.cmd.Process.Pid)} // of root
 	p, err := open(cred, -1)
 	if err != nil {
 		t.Fatal(err)
@@ -117,6 +117,24 @@ func TestWithoutPeerPidfd(t *testing.T) {
 	refused(t, a, p, ErrGone, "")
 	if _, err := open(cred, -1); err == nil {
 		t.Error("opened a process that is gone")
+	}
+}
+
+// Defends: on such a kernel the number of a caller that has exited is not taken
+// for the process of another user or group that has it now.
+func TestOfAnotherWithoutPeerPidfd(t *testing.T) {
+	b := newBench(t)
+	first := b.start("connect", "setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", b.self)
+	cred := &unix.Ucred{Pid: int32(first.cmd.Process.Pid), Uid: 1234, Gid: 1234}
+	p, err := open(cred, -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
+	first.kill()
+	b.reuse(int(cred.Pid)) // by root
+	if _, err := open(cred, -1); !errors.Is(err, ErrGone) {
+		t.Errorf("%v, want ErrGone", err)
 	}
 }
 

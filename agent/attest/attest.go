@@ -33,6 +33,10 @@ import (
 // ErrStranger says that no workload's rules match the process.
 var ErrStranger = errors.New("no workload's attest rules match the process")
 
+// ErrMoved says that the process was moved to another cgroup while it was
+// looked at.
+var ErrMoved = errors.New("the process was moved to another cgroup meanwhile")
+
 // maxReasons bounds the workloads that an error says about why they did not
 // match.
 const maxReasons = 8
@@ -80,7 +84,8 @@ func (a *Attestor) Changed() <-chan struct{} {
 // Attest returns the workloads, at least one, that the process is; sorted by
 // key. The error is ErrStranger when there is none, and says what differed;
 // ErrGone when the process has exited or runs another program than when it
-// was looked at first. It reads everything anew on each call.
+// was looked at first; ErrMoved when it is in another cgroup than it was a moment
+// ago. It reads everything anew on each call.
 func (a *Attestor) Attest(ctx context.Context, p *Process) ([]mesh.Workload, error) {
 	a.mu.Lock()
 	rules := a.rules
@@ -107,7 +112,10 @@ func (a *Attestor) Attest(ctx context.Context, p *Process) ([]mesh.Workload, err
 		return nil, fmt.Errorf("attest: process %d: %w", p.PID, err)
 	}
 	// The facts were read one after the other. They are one process's, and
-	// one program's, only if it is the same before and after.
+	// one program's in one place, only if those are the same before and after.
+	if err := f.unmoved(); err != nil {
+		return nil, fmt.Errorf("attest: %w", err)
+	}
 	if err := p.same(); err != nil {
 		return nil, fmt.Errorf("attest: %w", err)
 	}

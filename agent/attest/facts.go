@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/signet-mesh/signet/agent/attest/procfs"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -19,8 +21,8 @@ type facts struct {
 	p       *Process
 	digests *digests
 
-	cgroups fact[cgroups]
-	place   fact[place]
+	cgroups fact[seen[cgroups]]
+	place   fact[seen[place]]
 	path    fact[string]
 	sha256  fact[string]
 }
@@ -40,6 +42,34 @@ func (f *fact[T]) get(read func() (T, error)) (T, error) {
 	return f.value, f.err
 }
 
+// seen is what was made of /proc/<pid>/cgroup, and the file.
+type seen[T any] struct {
+	value T
+	file  string
+}
+
+// unmoved says whether the process is in the cgroups in which it was found, if
+// anybody asked. A process can be moved by others at any time, unlike all else
+// that rules ask about.
+func (f *facts) unmoved() error {
+	again := func(before string, read func() (string, error)) error {
+		after, err := read()
+		if err == nil && after != before {
+			err = fmt.Errorf("process %d: %w", f.p.PID, ErrMoved)
+		}
+		return err
+	}
+	if f.cgroups.read && f.cgroups.err == nil {
+		if err := again(f.cgroups.value.file, func() (string, error) { c, err := f.readCgroups(); return c.file, err }); err != nil {
+			return err
+		}
+	}
+	if f.place.read && f.place.err == nil {
+		return again(f.place.value.file, func() (string, error) { at, err := f.readPlace(); return at.file, err })
+	}
+	return nil
+}
+
 // match says why the process does not satisfy the rules, nil if it does. A
 // fact that cannot be read is not satisfied. Cheap facts come first, so that
 // an executable is read only for a process that is right in all else.
@@ -56,12 +86,12 @@ func (f *facts) match(r *mesh.Attest) error {
 			return err
 		}
 		if r.Cgroup != "" {
-			if err := c.within(r.Cgroup); err != nil {
+			if err := c.value.within(r.Cgroup); err != nil {
 				return err
 			}
 		}
 		if r.SystemdUnit != "" {
-			if err := c.inUnit(r.SystemdUnit); err != nil {
+			if err := c.value.inUnit(r.SystemdUnit); err != nil {
 				return err
 			}
 		}
@@ -71,7 +101,7 @@ func (f *facts) match(r *mesh.Attest) error {
 		if err != nil {
 			return fmt.Errorf("podUID: %w", err)
 		}
-		if err := at.cgroups.inPod(at.roots, r.PodUID); err != nil {
+		if err := at.value.cgroups.inPod(at.value.roots, r.PodUID); err != nil {
 			return err
 		}
 	}
@@ -96,12 +126,14 @@ func (f *facts) match(r *mesh.Attest) error {
 	return nil
 }
 
-func (f *facts) readCgroups() (cgroups, error) {
+func (f *facts) readCgroups() (out seen[cgroups], err error) {
 	raw, err := f.p.read("cgroup")
 	if err != nil {
-		return nil, err
+		return out, err
 	}
-	return parseCgroups(string(raw))
+	out.file = string(raw)
+	out.value, err = parseCgroups(out.file)
+	return out, err
 }
 
 // readPath returns the path of the executable. The kernel tells it as the
@@ -112,12 +144,12 @@ func (f *facts) readPath() (string, error) {
 	if err := f.sameUserNamespace(); err != nil {
 		return "", err
 	}
-	path, err := f.p.link("exe")
+	path, err := f.p.dir.Link("exe")
 	if err != nil {
-		return "", err
+		return "", f.p.failed("exe", err)
 	}
-	var st unix.Stat_t
-	if err := unix.Fstatat(f.p.dir, "exe", &st, 0); err != nil {
+	st, err := f.p.dir.StatLink("exe")
+	if err != nil {
 		return "", f.p.failed("exe", err)
 	}
 	if st.Nlink == 0 || strings.HasSuffix(path, " (deleted)") {
@@ -137,17 +169,22 @@ func (f *facts) readSHA256() (string, error) {
 	if err := f.sameUserNamespace(); err != nil {
 		return "", err
 	}
-	exe, err := f.p.openAt("exe")
+	exe, err := f.p.dir.OpenLink("exe")
 	if err != nil {
-		return "", err
+		return "", f.p.failed("exe", err)
 	}
 	defer exe.Close()
 	return f.digests.of(f.ctx, exe, f.p.exe)
 }
 
 var ownUserNamespace = sync.OnceValues(func() (inode, error) {
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/user", &st); err != nil {
+	own, err := procfs.Process(os.Getpid())
+	if err != nil {
+		return inode{}, fmt.Errorf("read the agent's user namespace: %w", err)
+	}
+	defer own.Close()
+	st, err := own.StatLink("ns/user")
+	if err != nil {
 		return inode{}, fmt.Errorf("read the agent's user namespace: %w", err)
 	}
 	return inodeOf(&st), nil
@@ -161,8 +198,8 @@ func (f *facts) sameUserNamespace() error {
 	if err != nil {
 		return err
 	}
-	var st unix.Stat_t
-	if err := unix.Fstatat(f.p.dir, "ns/user", &st, 0); err != nil {
+	st, err := f.p.dir.StatLink("ns/user")
+	if err != nil {
 		return f.p.failed("ns/user", err)
 	}
 	if inodeOf(&st) != own {

@@ -2,11 +2,11 @@ package attest
 
 import (
 	"fmt"
-	"os"
 	"strings"
 	"sync"
 
 	"github.com/signet-mesh/signet/agent/attest/hostcgroup"
+	"github.com/signet-mesh/signet/agent/attest/procfs"
 )
 
 // podRoots says, by hierarchy, which cgroup holds the pods of this node. Nil
@@ -150,26 +150,24 @@ var ownRoots struct {
 // readPlace reads the process's cgroups on a thread in the host's cgroup
 // namespace: relative to an agent in a container, the name of the cgroup of
 // all pods is not in the paths.
-func (f *facts) readPlace() (p place, err error) {
-	err = hostcgroup.Do(func() error {
-		if p.roots, err = agentRoots(); err != nil {
+func (f *facts) readPlace() (out seen[place], err error) {
+	err = hostcgroup.Do(func() (err error) {
+		if out.value.roots, err = agentRoots(); err != nil {
 			return err
 		}
-		raw, err := f.p.read("cgroup")
-		if err != nil {
-			return err
-		}
-		p.cgroups, err = parseCgroups(string(raw))
+		var c seen[cgroups]
+		c, err = f.readCgroups()
+		out.file, out.value.cgroups = c.file, c.value
 		return err
 	})
-	return p, err
+	return out, err
 }
 
 func agentRoots() (podRoots, error) {
 	ownRoots.Lock()
 	defer ownRoots.Unlock()
 	if !ownRoots.known {
-		raw, err := os.ReadFile("/proc/self/cgroup")
+		raw, err := procfs.ReadOwn("cgroup")
 		if err != nil {
 			return nil, fmt.Errorf("cgroup: the agent's own: %w", err)
 		}

@@ -43,3 +43,36 @@ func pidfdPid(fdinfo []byte) (int, error) {
 	}
 	return 0, errors.New("fdinfo: no line Pid")
 }
+
+// effectiveIDs reads the lines "Uid:" and "Gid:" of /proc/<pid>/status, which
+// have the real, effective, saved and file system ids. The command name is on
+// an earlier line; the kernel escapes line feeds in it there.
+func effectiveIDs(status []byte) (uid, gid uint32, err error) {
+	var found int
+	for line := range bytes.Lines(status) {
+		name, rest, _ := bytes.Cut(line, []byte(":"))
+		var to *uint32
+		switch string(name) {
+		case "Uid":
+			to = &uid
+		case "Gid":
+			to = &gid
+		default:
+			continue
+		}
+		fields := bytes.Fields(rest)
+		if len(fields) != 4 {
+			return 0, 0, fmt.Errorf("status: %d numbers in %s; want 4", len(fields), name)
+		}
+		n, err := strconv.ParseUint(string(fields[1]), 10, 32)
+		if err != nil {
+			return 0, 0, fmt.Errorf("status: %s: %w", name, err)
+		}
+		*to = uint32(n)
+		found++
+	}
+	if found != 2 {
+		return 0, 0, errors.New("status: no lines Uid and Gid, or several")
+	}
+	return uid, gid, nil
+}

@@ -65,6 +65,18 @@ func TestPidfdPid(t *testing.T) {
 	}
 }
 
+func TestEffectiveIDs(t *testing.T) {
+	good := "Name:\ta\\nUid:\t0\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t\n"
+	if uid, gid, err := effectiveIDs([]byte(good)); err != nil || uid != 2 || gid != 6 {
+		t.Errorf("%d, %d, %v; want 2 and 6", uid, gid, err)
+	}
+	for _, bad := range []string{"", "Uid:\t1\t2\t3\t4\n", "Uid:\t1\nGid:\t5\t6\t7\t8\n", "Uid:\t1\t-2\t3\t4\nGid:\t5\t6\t7\t8\n", good + "Uid:\t0\t0\t0\t0\n"} {
+		if uid, gid, err := effectiveIDs([]byte(bad)); err == nil {
+			t.Errorf("%q: read as %d, %d", bad, uid, gid)
+		}
+	}
+}
+
 const (
 	unified = "0::/system.slice/nginx.service\n"
 	hybrid  = "9:name=systemd:/system.slice/nginx.service\n4:memory:/system.slice\n3:cpuset:/\n0::/system.slice/nginx.service\n"

@@ -3,14 +3,13 @@ package attest
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/signet-mesh/signet/agent/attest/procfs"
 )
 
 // ErrGone says that the process at the other end of the socket has exited, or
@@ -32,7 +31,7 @@ type Process struct {
 
 	mu    sync.RWMutex // held for reading while the descriptors are in use
 	pidfd int          // guarded by mu; -1 once closed
-	dir   int          // guarded by mu; /proc/<pid>; -1 once closed
+	dir   procfs.Dir   // guarded by mu; /proc/<pid>
 }
 
 // inode names a file.
@@ -78,10 +77,11 @@ func Peer(conn *net.UnixConn) (*Process, error) {
 // open pins the process of cred. pidfd is taken over; -1 means that the
 // kernel (before 6.5) cannot give the peer's, and that one is opened by
 // number. Then a process that connects, exits, and has its number taken by
-// another in the time before accept is taken for the other; the other must
-// still satisfy every rule, its own start time and program are what is held.
+// another before accept is taken for the other, if that has the same effective
+// user and group id. The other must still satisfy every rule; its own start time
+// and program are what is held.
 func open(cred *unix.Ucred, pidfd int) (p *Process, err error) {
-	held := &Process{PID: int(cred.Pid), UID: cred.Uid, GID: cred.Gid, pidfd: pidfd, dir: -1}
+	held := &Process{PID: int(cred.Pid), UID: cred.Uid, GID: cred.Gid, pidfd: pidfd, dir: procfs.None()}
 	defer func() {
 		if err != nil {
 			held.Close()
@@ -96,13 +96,13 @@ func open(cred *unix.Ucred, pidfd int) (p *Process, err error) {
 			return nil, held.failed("pidfd", err)
 		}
 	}
-	if held.dir, err = unix.Open("/proc/"+strconv.Itoa(held.PID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+	if held.dir, err = procfs.Process(held.PID); err != nil {
 		return nil, held.failed("directory", err)
 	}
 	// The number was the peer's when it connected. That the directory is the
 	// peer's too follows from the pidfd: it still has this number, after the
 	// directory was opened.
-	info, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(held.pidfd))
+	info, err := procfs.ReadOwn("fdinfo/" + strconv.Itoa(held.pidfd))
 	if err != nil {
 		return nil, err
 	}
@@ -116,6 +116,11 @@ func open(cred *unix.Ucred, pidfd int) (p *Process, err error) {
 	if held.start, err = held.startTime(); err != nil {
 		return nil, err
 	}
+	if pidfd < 0 {
+		if err := held.sameIDs(); err != nil {
+			return nil, err
+		}
+	}
 	if held.exe, err = held.program(); err != nil {
 		return nil, err
 	}
@@ -127,18 +132,17 @@ func open(cred *unix.Ucred, pidfd int) (p *Process, err error) {
 func (p *Process) Close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, fd := range []*int{&p.pidfd, &p.dir} {
-		if *fd >= 0 {
-			_ = unix.Close(*fd) // a handle without content has nothing to lose
-			*fd = -1
-		}
+	if p.pidfd >= 0 {
+		_ = unix.Close(p.pidfd) // a handle without content has nothing to lose
+		p.pidfd = -1
 	}
+	p.dir.Close()
 }
 
 // same says whether the process still lives and still runs the program that
 // it ran when it was looked at first. The caller holds mu for reading.
 func (p *Process) same() error {
-	if p.dir < 0 {
+	if !p.dir.IsOpen() {
 		return fmt.Errorf("process %d: the connection is closed", p.PID)
 	}
 	start, err := p.startTime()
@@ -188,53 +192,39 @@ func (p *Process) startTime() (uint64, error) {
 	return t, nil
 }
 
+// sameIDs says whether the process has the ids that the peer had when it
+// connected.
+func (p *Process) sameIDs() error {
+	status, err := p.read("status")
+	if err != nil {
+		return err
+	}
+	uid, gid, err := effectiveIDs(status)
+	if err != nil {
+		return fmt.Errorf("process %d: %w", p.PID, err)
+	}
+	if uid != p.UID || gid != p.GID {
+		return fmt.Errorf("process %d: %w: it is of uid %d and gid %d, who connected was of %d and %d", p.PID, ErrGone, uid, gid, p.UID, p.GID)
+	}
+	return nil
+}
+
 // program names the file that the process executes.
 func (p *Process) program() (inode, error) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(p.dir, "exe", &st, 0); err != nil {
+	st, err := p.dir.StatLink("exe")
+	if err != nil {
 		return inode{}, p.failed("exe", err)
 	}
 	return inodeOf(&st), nil
 }
 
-// openAt opens a file of the process's directory in /proc.
-func (p *Process) openAt(name string) (*os.File, error) {
-	fd, err := unix.Openat(p.dir, name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, p.failed(name, err)
-	}
-	return os.NewFile(uintptr(fd), filepath.Join("/proc", strconv.Itoa(p.PID), name)), nil
-}
-
 // read reads a small file of the process's directory in /proc.
 func (p *Process) read(name string) ([]byte, error) {
-	f, err := p.openAt(name)
+	raw, err := p.dir.Read(name)
 	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxProcFile+1))
-	switch {
-	case err != nil:
 		return nil, p.failed(name, err)
-	case len(raw) > maxProcFile:
-		return nil, fmt.Errorf("process %d: %s is longer than %d bytes", p.PID, name, maxProcFile)
 	}
 	return raw, nil
-}
-
-const maxProcFile = 64 << 10
-
-func (p *Process) link(name string) (string, error) {
-	buf := make([]byte, unix.PathMax)
-	n, err := unix.Readlinkat(p.dir, name, buf)
-	if err != nil {
-		return "", p.failed(name, err)
-	}
-	if n == len(buf) {
-		return "", fmt.Errorf("process %d: %s is longer than %d bytes", p.PID, name, n)
-	}
-	return string(buf[:n]), nil
 }
 
 // failed says that something of the process could not be read; ESRCH and

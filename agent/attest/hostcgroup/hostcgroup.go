@@ -9,6 +9,8 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/signet-mesh/signet/agent/attest/procfs"
 )
 
 // Do calls f on a thread in the cgroup namespace of process 1, which is the
@@ -27,7 +29,7 @@ const initial = 0xEFFFFFFB
 
 func enter(f func() error) error {
 	runtime.LockOSThread()
-	own, err := os.Open("/proc/thread-self/ns/cgroup")
+	own, err := open(os.Getpid(), fmt.Sprintf("task/%d/ns/cgroup", unix.Gettid()))
 	if err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("cgroup: own namespace: %w", err)
@@ -41,7 +43,7 @@ func enter(f func() error) error {
 		runtime.UnlockOSThread()
 		return err
 	}
-	host, err := os.Open("/proc/1/ns/cgroup")
+	host, err := open(1, "ns/cgroup")
 	if err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("cgroup: the namespace of process 1 (the agent needs the host's pids and CAP_SYS_PTRACE): %w", err)
@@ -57,6 +59,16 @@ func enter(f func() error) error {
 	}
 	runtime.UnlockOSThread()
 	return ferr
+}
+
+// open opens a namespace of a process.
+func open(pid int, link string) (*os.File, error) {
+	dir, err := procfs.Process(pid)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.OpenLink(link)
 }
 
 func inode(f *os.File) (uint64, error) {
