@@ -9,20 +9,31 @@ import (
 	"github.com/signet-mesh/signet/agent/attest/procfs"
 )
 
-// podRoots says, by hierarchy, which cgroup holds the pods of this node. Nil
-// where the agent is no pod itself, and has to go by the names alone.
-type podRoots map[string]string
+// podRoots says which cgroups hold the pods of this node. The zero value is of an
+// agent that is no pod itself, and has to go by the names alone.
+type podRoots struct {
+	pods map[string]string // by hierarchy; nil: the agent is no pod
+	// beside is where the agent is in version 2 when it is no pod's place: on a
+	// hybrid node a runtime that manages cgroups itself leaves the processes of
+	// all pods in its own unit there. Empty: it is not so.
+	beside string
+}
 
 // podRootsOf reads them off the agent's own place: the same kubelet made it.
 func podRootsOf(own cgroups) podRoots {
 	var out podRoots
 	for _, m := range own {
 		if root, _, ok := cutPods(m.path); ok {
-			if out == nil {
-				out = podRoots{}
+			if out.pods == nil {
+				out.pods = map[string]string{}
 			}
-			out[m.hierarchy] = root
+			out.pods[m.hierarchy] = root
+		} else if m.hierarchy == "" {
+			out.beside = m.path
 		}
+	}
+	if out.pods == nil {
+		return podRoots{}
 	}
 	return out
 }
@@ -65,9 +76,9 @@ func (r podRoots) pod(m membership) string {
 	switch {
 	case !ok:
 		return ""
-	case r != nil && root != r[m.hierarchy]:
+	case r.pods != nil && root != r.pods[m.hierarchy]:
 		return "" // of another kubelet, or somebody's imitation
-	case r == nil && handedOn(root):
+	case r.pods == nil && handedOn(root):
 		return ""
 	}
 	segs := strings.Split(below, "/")
@@ -110,18 +121,25 @@ func isPodUID(s string) bool {
 }
 
 // inPod says whether the process is in a container of the pod. Every hierarchy
-// that gives it a place must say so, and at least one.
+// that gives it a place must say so, and at least one; except for version 2 where
+// that has no pods, and the process is where the agent itself is.
 func (c cgroups) inPod(roots podRoots, want string) error {
 	if !isPodUID(want) {
 		return fmt.Errorf("podUID: %q is not a pod's UID: use metadata.uid", want)
 	}
-	var yes, no []string
+	var yes, no, beside []string
 	for _, m := range c {
-		if roots.pod(m) == want {
+		switch {
+		case roots.pod(m) == want:
 			yes = append(yes, m.String())
-		} else {
+		case m.hierarchy == "" && m.path == roots.beside:
+			beside = append(beside, m.String())
+		default:
 			no = append(no, m.String())
 		}
+	}
+	if len(yes) == 0 {
+		no = append(no, beside...)
 	}
 	switch {
 	case len(yes) > 0 && len(no) > 0:
@@ -144,7 +162,7 @@ type place struct {
 var ownRoots struct {
 	sync.Mutex
 	known bool     // guarded by the Mutex
-	roots podRoots // guarded by the Mutex; replaced whole
+	roots podRoots // guarded by the Mutex; never edited
 }
 
 // readPlace reads the process's cgroups on a thread in the host's cgroup
@@ -169,11 +187,11 @@ func agentRoots() (podRoots, error) {
 	if !ownRoots.known {
 		raw, err := procfs.ReadOwn("cgroup")
 		if err != nil {
-			return nil, fmt.Errorf("cgroup: the agent's own: %w", err)
+			return podRoots{}, fmt.Errorf("cgroup: the agent's own: %w", err)
 		}
 		own, err := parseCgroups(string(raw))
 		if err != nil {
-			return nil, fmt.Errorf("the agent's own place: %w", err)
+			return podRoots{}, fmt.Errorf("the agent's own place: %w", err)
 		}
 		ownRoots.roots, ownRoots.known = podRootsOf(own), true
 	}

@@ -86,7 +86,7 @@ func TestPod(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, bad := range []string{"x", "../" + podUID, strings.ToUpper(podUID), podUID + "/c"} {
-		if err := c.inPod(nil, bad); err == nil || !strings.Contains(err.Error(), "metadata.uid") {
+		if err := c.inPod(podRoots{}, bad); err == nil || !strings.Contains(err.Error(), "metadata.uid") {
 			t.Errorf("%q as a UID: %v", bad, err)
 		}
 	}
@@ -101,9 +101,9 @@ func FuzzPod(f *testing.F) {
 		if err != nil || len(c) != 1 {
 			return
 		}
-		roots := podRoots{"": root}
-		if root == "" {
-			roots = nil
+		var roots podRoots
+		if root != "" {
+			roots.pods = map[string]string{"": root}
 		}
 		uid := roots.pod(c[0])
 		if uid == "" {
@@ -112,7 +112,7 @@ func FuzzPod(f *testing.F) {
 		if !isPodUID(uid) || !strings.Contains(strings.ReplaceAll(path, "_", "-"), "pod"+uid) {
 			t.Errorf("%q: %q", path, uid)
 		}
-		if roots != nil && !strings.HasPrefix(path, root+"/") {
+		if root != "" && !strings.HasPrefix(path, root+"/") {
 			t.Errorf("%q is not below %q, but %q", path, root, uid)
 		}
 		// What a container names below itself changes nothing.
