@@ -149,8 +149,8 @@ func auditFilter(r *http.Request) (audit.Filter, error) {
 				continue
 			}
 			verdict := audit.Verdict(v)
-			if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed}, verdict) {
-				return f, fmt.Errorf("verdict: %q is none of allowed, denied, observed, failed", v)
+			if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed, audit.Refused}, verdict) {
+				return f, fmt.Errorf("verdict: %q is none of allowed, denied, observed, failed, refused", v)
 			}
 			f.Verdicts = append(f.Verdicts, verdict)
 		}
@@ -186,6 +186,7 @@ func (a *agent) metrics() *prometheus.Registry {
 		}
 		return float64(n)
 	})
+	r.MustRegister(refused{a.refusals})
 	gauge("signet_svid_not_after_timestamp_seconds", "The earliest end of a certificate on this node.", func() float64 {
 		var first time.Time
 		for _, c := range a.certificates() {

@@ -22,6 +22,7 @@ import (
 	"github.com/signet-mesh/signet/agent/attest"
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/agent/relay"
 	"github.com/signet-mesh/signet/agent/sdkapi"
 	"github.com/signet-mesh/signet/agent/svid"
@@ -94,6 +95,7 @@ type agent struct {
 	attestor   *attest.Attestor
 	store      *audit.Store
 	tailer     *audit.Tailer
+	refusals   *refusal.Book // nil: no audit is kept
 	live       *live
 	plain      *plaintext
 	rules      capturing
@@ -152,6 +154,9 @@ func Run(ctx context.Context, cfg Config) error {
 	}); err != nil {
 		return err
 	}
+	if !cfg.NoAudit {
+		a.refusals = refusal.NewBook()
+	}
 	a.attestor = attest.New()
 	a.svids = svid.New(svid.Config{Issuer: issuer{a}, JWTIssuer: issuer{a}, Dir: filepath.Join(cfg.StateDir, "svids"), Log: cfg.Log})
 	a.relay = relay.New(relay.Config{Cache: filepath.Join(cfg.StateDir, "xds.pb"), Keys: a.svids, Draining: func(id string) bool { return instance.Draining(cfg.RunDir, id) }, Log: cfg.Log})
@@ -182,10 +187,10 @@ func (a *agent) serve(ctx context.Context) error {
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(proxy, a.relay.Server())
 	g, ctx := errgroup.WithContext(ctx)
 	sdks := sdkapi.New(sdkapi.Config{
-		Attestor: a.attestor, Caller: workloadapi.Caller, Rules: a.sdkRules, Store: a.store, Stopping: ctx.Done(), Log: a.log,
+		Attestor: a.attestor, Caller: workloadapi.Caller, Refused: a.refusals.Add, Rules: a.sdkRules, Store: a.store, Stopping: ctx.Done(), Log: a.log,
 	})
 	a.workloads = workloadapi.New(workloadapi.Config{
-		SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Beside: sdks.Register, Log: a.log,
+		SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Beside: sdks.Register, Refused: a.refusals.Add, Log: a.log,
 	})
 
 	run := func(f func(context.Context)) {
@@ -201,6 +206,9 @@ func (a *agent) serve(ctx context.Context) error {
 	}
 	g.Go(func() error { return a.workloads.Serve(ctx, workloadSocket) })
 	run(sdks.Run)
+	if a.refusals != nil {
+		run(a.keepRefusals)
+	}
 	g.Go(func() error { return a.tailer.Run(ctx) })
 	g.Go(func() error { return a.svids.Run(ctx) })
 	run(a.relay.FollowKeys)
@@ -245,6 +253,7 @@ func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byt
 		return nil, fmt.Errorf("not connected to the control plane yet")
 	}
 	resp, err := i.client.Issue(ctx, &nodev1.IssueRequest{Workload: workload, Csr: csr, Uid: i.uid(workload)})
+	i.refusedBy("Issue", workload, err)
 	return resp.GetChain(), err
 }
 
@@ -253,6 +262,7 @@ func (i issuer) IssueJWT(ctx context.Context, workload string, audience []string
 		return "", fmt.Errorf("not connected to the control plane yet")
 	}
 	resp, err := i.client.IssueJWT(ctx, &nodev1.IssueJWTRequest{Workload: workload, Uid: i.uid(workload), Audience: audience})
+	i.refusedBy("IssueJWT", workload, err)
 	return resp.GetToken(), err
 }
 

@@ -27,15 +27,15 @@ type plaintext struct {
 	// done is, by what is refused, when to stop looking: a while after the
 	// proxy has its new listener. Zero: it does not have it. Owned by the
 	// goroutine that captures.
-	done map[refusal]time.Time
+	done map[closing]time.Time
 
 	mu    sync.Mutex
 	ended map[string]closed // guarded by mu; by workload and caller
 }
 
-// refusal is what is refused in a network namespace: what comes to one of the
+// closing is what is closed in a network namespace: what comes to one of the
 // proxy's ports there.
-type refusal struct {
+type closing struct {
 	netns string
 	port  uint16
 	why   string
@@ -54,14 +54,14 @@ const swapTime = 2 * time.Second
 func newPlaintext(log *slog.Logger) *plaintext {
 	return &plaintext{
 		log: log, sockets: capture.Sockets, destroy: capture.Destroy,
-		done: map[refusal]time.Time{}, ended: map[string]closed{},
+		done: map[closing]time.Time{}, ended: map[string]closed{},
 	}
 }
 
 // look ends what the state refuses. settled says that the proxy works with
 // this very state.
 func (p *plaintext) look(s *nodeState, settled bool, now time.Time) {
-	done := map[refusal]time.Time{}
+	done := map[closing]time.Time{}
 	for i := range s.workloads {
 		w := &s.workloads[i]
 		for _, r := range refusals(s, w) {
@@ -79,22 +79,22 @@ func (p *plaintext) look(s *nodeState, settled bool, now time.Time) {
 }
 
 // refusals says what of a workload the state refuses.
-func refusals(s *nodeState, w *mesh.Workload) []refusal {
+func refusals(s *nodeState, w *mesh.Workload) []closing {
 	if w.Capture == nil || w.Capture.NetNS == "" {
 		return nil
 	}
 	if name, cut := s.model.Quarantined(w.ID); cut {
 		why := fmt.Sprintf("quarantined by %q", name)
-		return []refusal{{w.Capture.NetNS, mesh.PortInbound, why}, {w.Capture.NetNS, mesh.PortOutbound, why}}
+		return []closing{{w.Capture.NetNS, mesh.PortInbound, why}, {w.Capture.NetNS, mesh.PortOutbound, why}}
 	}
 	if s.modes[w.Namespace] == mesh.ModeEnforce {
-		return []refusal{{w.Capture.NetNS, mesh.PortInbound, "the namespace enforces"}}
+		return []closing{{w.Capture.NetNS, mesh.PortInbound, "the namespace enforces"}}
 	}
 	return nil
 }
 
 // end ends every connection that is refused.
-func (p *plaintext) end(w *mesh.Workload, r refusal, now time.Time) {
+func (p *plaintext) end(w *mesh.Workload, r closing, now time.Time) {
 	sockets, err := p.sockets(r.netns)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {

@@ -68,11 +68,27 @@ func Peer(conn *net.UnixConn) (*Process, error) {
 	if fdErr != nil {
 		pidfd = -1
 		if !errors.Is(fdErr, unix.ENOPROTOOPT) {
-			return nil, fmt.Errorf("attest: get a handle of process %d: %w: %w", cred.Pid, ErrGone, fdErr)
+			return nil, &PeerError{PID: int(cred.Pid), UID: cred.Uid, Err: fmt.Errorf("attest: get a handle of process %d: %w: %w", cred.Pid, ErrGone, fdErr)}
 		}
 	}
-	return open(cred, pidfd)
+	p, err := open(cred, pidfd)
+	if err != nil {
+		return nil, &PeerError{PID: int(cred.Pid), UID: cred.Uid, Err: err}
+	}
+	return p, nil
 }
+
+// PeerError is why there is no Process of a caller of whom the kernel says no
+// more than this.
+type PeerError struct {
+	PID int // 0: it has none in the agent's namespace
+	UID uint32
+	Err error
+}
+
+func (e *PeerError) Error() string { return e.Err.Error() }
+
+func (e *PeerError) Unwrap() error { return e.Err }
 
 // open pins the process of cred. pidfd is taken over; -1 means that the
 // kernel (before 6.5) cannot give the peer's, and that one is opened by
@@ -125,6 +141,26 @@ func open(cred *unix.Ucred, pidfd int) (p *Process, err error) {
 		return nil, err
 	}
 	return held, held.alive()
+}
+
+// Looks returns what the process looks like, for messages and records: its
+// executable, as its own mount namespace names it, and the UID of the pod whose
+// cgroup it is in. What cannot be read is empty. It proves nothing.
+func (p *Process) Looks() (executable, podUID string) {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if !p.dir.IsOpen() {
+		return "", ""
+	}
+	executable, _ = p.dir.Link("exe")
+	if at, err := (&facts{p: p}).readPlace(); err == nil {
+		for _, m := range at.value.cgroups {
+			if podUID = at.value.roots.pod(m); podUID != "" {
+				break
+			}
+		}
+	}
+	return executable, podUID
 }
 
 // Close lets go of the process. It waits for an attestation under way and may

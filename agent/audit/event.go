@@ -29,7 +29,10 @@ func (e Event) check() error {
 	if len(r.ID) > 1024 {
 		return fmt.Errorf("%w: id has %d bytes; use at most 1024", ErrInvalidEvent, len(r.ID))
 	}
-	if r.Side != Source && r.Side != Destination {
+	if refused := r.Verdict == Refused; refused != (r.Refusal != nil) || refused && (r.Side != "" || !e.Final) {
+		return fmt.Errorf("%w: a refusal has the verdict %q, no side, and is final", ErrInvalidEvent, Refused)
+	}
+	if r.Side != Source && r.Side != Destination && r.Refusal == nil {
 		return fmt.Errorf("%w: side is %q; use %q or %q", ErrInvalidEvent, r.Side, Source, Destination)
 	}
 	if !marshals(r.Start) || !marshals(r.End) {

@@ -48,9 +48,9 @@ func (f Filter) check() error {
 	}
 	for _, v := range f.Verdicts {
 		switch v {
-		case Allowed, Denied, Observed, Failed:
+		case Allowed, Denied, Observed, Failed, Refused:
 		default:
-			return fmt.Errorf("audit: filter: verdict is %q; use allowed, denied, observed or failed", v)
+			return fmt.Errorf("audit: filter: verdict is %q; use allowed, denied, observed, failed or refused", v)
 		}
 	}
 	switch f.Side {

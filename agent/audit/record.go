@@ -1,5 +1,6 @@
 // Package audit keeps the node's evidence: one record per connection and
-// side, durable before it is acknowledged, chained by hash.
+// side, and one for whoever was refused an identity, durable before it is
+// acknowledged, chained by hash.
 package audit
 
 import "time"
@@ -13,6 +14,8 @@ const (
 	Denied   Verdict = "denied"   // refused by policy; the application was never contacted
 	Observed Verdict = "observed" // flowed in observe mode, enforce would have refused it
 	Failed   Verdict = "failed"   // neither: the peer was not reachable, or not who it had to be
+	// Refused is no connection's: an identity was refused, see Record.Refusal.
+	Refused Verdict = "refused"
 )
 
 // Side says which end of the connection the record was made at.
@@ -24,7 +27,7 @@ const (
 	Destination Side = "destination"
 )
 
-// Record is one connection as one side saw it.
+// Record is one connection as one side saw it, or a Refusal.
 type Record struct {
 	// Seq is the position in this node's store, rising by one.
 	Seq uint64 `json:"seq"`
@@ -60,6 +63,32 @@ type Record struct {
 	// Ended says how it ended when that was not an ordinary close:
 	// "revoked", "proxy-lost", or the proxy's response flags.
 	Ended string `json:"ended,omitempty"`
+
+	// Refusal is set when the verdict is Refused. Then there is no side, Start and
+	// End are when it happened first and last, and Source.Workload is the workload
+	// that was refused, if it is known.
+	Refusal *Refusal `json:"refusal,omitempty"`
+}
+
+// Refusal says who was refused an identity, or what goes with one.
+type Refusal struct {
+	// Kind is why, in one word; Record.Reason says more.
+	Kind string `json:"kind"`
+	// Call is what was asked for.
+	Call string `json:"call"`
+	// ID is the identity that was asked for by name.
+	ID string `json:"id,omitempty"`
+	// PID and the others are those of the latest caller. Nobody called when the
+	// control plane refused what the agent asked for.
+	PID        int     `json:"pid,omitempty"`
+	UID        *uint32 `json:"uid,omitempty"`
+	Executable string  `json:"executable,omitempty"` // as the caller's mount namespace names it; proves nothing
+	PodUID     string  `json:"podUID,omitempty"`
+	// Count is how often it happened.
+	Count uint64 `json:"count"`
+	// Several says that callers or requests that differ are counted here, since
+	// there were too many to tell apart. The rest describes the latest.
+	Several bool `json:"several,omitempty"`
 }
 
 // Party is one end of a connection.

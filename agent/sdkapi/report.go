@@ -48,7 +48,7 @@ func (s *Server) Report(ctx context.Context, req *sdkv1.ReportRequest) (*sdkv1.R
 	if _, known := s.cfg.Rules(); !known {
 		return nil, status.Error(codes.Unavailable, "the agent is starting")
 	}
-	w, err := s.attest(ctx, p, req.GetSpiffeId())
+	w, err := s.attest(ctx, "Report", p, req.GetSpiffeId())
 	if err != nil {
 		return nil, err
 	}

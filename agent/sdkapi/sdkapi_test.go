@@ -13,6 +13,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/attest"
 	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/refusal"
 	sdkv1 "github.com/signet-mesh/signet/api/sdk/v1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -35,7 +36,7 @@ func newServer(store *audit.Store) *Server {
 	return New(Config{
 		Attestor: everyone{}, Caller: func(context.Context) (*attest.Process, error) { return nil, nil },
 		Rules: func() (Rules, bool) { return Rules{TrustDomain: td}, true },
-		Store: store, Log: slog.New(slog.DiscardHandler),
+		Store: store, Refused: func(refusal.Refusal) {}, Log: slog.New(slog.DiscardHandler),
 	})
 }
 

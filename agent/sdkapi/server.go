@@ -22,6 +22,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/attest"
 	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/agent/refusal"
 	sdkv1 "github.com/signet-mesh/signet/api/sdk/v1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -61,6 +62,8 @@ type Config struct {
 	// Rules returns false while the node has no state.
 	Rules func() (Rules, bool)
 	Store *audit.Store
+	// Refused hears of every refusal of an identity, and must not block.
+	Refused func(refusal.Refusal)
 	// Stopping is closed when open streams are to end.
 	Stopping <-chan struct{}
 	Log      *slog.Logger
@@ -116,7 +119,7 @@ func (s *Server) Watch(req *sdkv1.WatchRequest, stream grpc.ServerStreamingServe
 		if !known {
 			return status.Error(codes.Unavailable, "the agent is starting: it knows no policies yet")
 		}
-		w, err := s.attest(ctx, p, req.GetSpiffeId())
+		w, err := s.attest(ctx, "Watch", p, req.GetSpiffeId())
 		if err != nil {
 			return err
 		}
@@ -145,11 +148,18 @@ func (s *Server) Watch(req *sdkv1.WatchRequest, stream grpc.ServerStreamingServe
 
 // attest returns the caller's workload that has the identity, the first by name
 // if several have. The error is a gRPC status.
-func (s *Server) attest(ctx context.Context, p *attest.Process, id string) (*mesh.Workload, error) {
+func (s *Server) attest(ctx context.Context, call string, p *attest.Process, id string) (*mesh.Workload, error) {
 	workloads, err := s.cfg.Attestor.Attest(ctx, p)
-	switch {
-	case ctx.Err() != nil:
+	if ctx.Err() != nil {
 		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	refused := func(kind refusal.Kind, reason string) {
+		s.cfg.Refused(refusal.Refusal{Kind: kind, Call: call, ID: id, Caller: refusal.Of(p), Reason: reason})
+	}
+	if err != nil {
+		refused(refusal.KindOf(err), err.Error())
+	}
+	switch {
 	case errors.Is(err, attest.ErrGone):
 		return nil, status.Error(codes.PermissionDenied, "the process that connected has exited or runs another program now")
 	case err != nil: // what differed would tell the rules
@@ -157,6 +167,7 @@ func (s *Server) attest(ctx context.Context, p *attest.Process, id string) (*mes
 	}
 	i := slices.IndexFunc(workloads, func(w mesh.Workload) bool { return w.ID.String() == id })
 	if i < 0 {
+		refused(refusal.NotItsOwn, "it is not an identity of the calling process")
 		return nil, status.Errorf(codes.PermissionDenied, "the calling process is not %.256q", id)
 	}
 	return &workloads[i], nil

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-mesh/signet/agent/attest"
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/internal/jwtcheck"
 )
@@ -52,13 +53,14 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 		}
 		out.Svids = append(out.Svids, &workload.JWTSVID{SpiffeId: id.String(), Svid: token.Token, Hint: id.hint})
 	}
-	still, err := s.identities(ctx, p)
+	still, err := s.identities(ctx, "FetchJWTSVID", p)
 	if err != nil {
 		return nil, err
 	}
 	if slices.ContainsFunc(ids, func(id identity) bool {
 		return !slices.ContainsFunc(still, func(other identity) bool { return other.ID == id.ID })
 	}) {
+		s.refused(refusal.Refusal{Kind: refusal.NotItsOwn, Call: "FetchJWTSVID", ID: ids[0].String(), Caller: refusal.Of(p), Reason: "an identity of the calling process was taken away while its token was made"})
 		return nil, status.Error(codes.PermissionDenied, "an identity of the calling process was taken away meanwhile")
 	}
 	s.log.Debug("gave out tokens", "method", "FetchJWTSVID", "pid", p.PID, "uid", p.UID, "ids", ids, "audience", audience)
@@ -75,12 +77,13 @@ func (s *Server) wanted(ctx context.Context, p *attest.Process, name string) ([]
 			return nil, status.Errorf(codes.InvalidArgument, "spiffe_id: %v", err)
 		}
 	}
-	ids, err := s.identities(ctx, p)
+	ids, err := s.identities(ctx, "FetchJWTSVID", p)
 	if err != nil || name == "" {
 		return ids, err
 	}
 	i := slices.IndexFunc(ids, func(id identity) bool { return id.ID == only })
 	if i < 0 {
+		s.refused(refusal.Refusal{Kind: refusal.NotItsOwn, Call: "FetchJWTSVID", ID: only.String(), Caller: refusal.Of(p), Reason: "it is not an identity of the calling process"})
 		return nil, status.Errorf(codes.PermissionDenied, "spiffe_id: %s is not an identity of the calling process", only)
 	}
 	return ids[i : i+1], nil
@@ -116,15 +119,21 @@ func (s *Server) tokenError(ctx context.Context, p *attest.Process, id spiffeid.
 	if s.refusals.Allow() {
 		s.log.Warn("a caller gets no token", "pid", p.PID, "uid", p.UID, "id", id, "error", err)
 	}
+	refused := func(kind refusal.Kind) {
+		s.refused(refusal.Refusal{Kind: kind, Call: "FetchJWTSVID", ID: id.String(), Caller: refusal.Of(p), Reason: err.Error()})
+	}
 	var answer interface{ GRPCStatus() *status.Status }
 	switch {
 	case errors.As(err, &answer) && answer.GRPCStatus().Code() == codes.InvalidArgument: // the audience, as the authority sees it
 		return answer.GRPCStatus().Err()
 	case errors.Is(err, svid.ErrQuarantined):
+		refused(refusal.Quarantined)
 		return status.Errorf(codes.PermissionDenied, "%s is quarantined", id)
 	case errors.Is(err, svid.ErrTooMany):
+		refused(refusal.Limit)
 		return unavailable("%s has asked for too many tokens; keep those that are valid, and try again", id)
 	}
+	refused(refusal.NoSVID)
 	return unavailable("no token can be had for %s now; the agent's log says why", id)
 }
 
@@ -183,7 +192,7 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	if err != nil {
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	}
-	if _, err := s.identities(ctx, p); err != nil {
+	if _, err := s.identities(ctx, "ValidateJWTSVID", p); err != nil {
 		return nil, err
 	}
 	bundle := s.svids.JWTBundle()

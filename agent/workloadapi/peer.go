@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"github.com/signet-mesh/signet/agent/attest"
+	"github.com/signet-mesh/signet/agent/refusal"
 )
 
 // peerCreds takes the place of TLS: the "handshake" asks the kernel who
@@ -20,6 +21,7 @@ import (
 type peerCreds struct {
 	conns    *counter
 	perUID   int
+	refused  func(refusal.Refusal)
 	log      *slog.Logger
 	refusals *rate.Limiter // of log lines
 }
@@ -57,10 +59,12 @@ func (p *peerCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 		if p.refusals.Allow() {
 			p.log.Warn("a caller of the Workload API cannot be identified", "error", info.err)
 		}
+		p.refused(unidentified("connect", info.err))
 		return raw, info, nil // the calls are answered, with a refusal
 	}
 	uid := info.process.UID
 	if !p.conns.add(uid, p.perUID) {
+		p.refused(refusal.Refusal{Kind: refusal.Limit, Call: "connect", Caller: refusal.Of(info.process), Reason: fmt.Sprintf("its user id has %d connections open", p.perUID)})
 		info.process.Close()
 		if p.refusals.Allow() {
 			p.log.Warn("a user id has too many connections to the Workload API; refusing another", "uid", uid, "limit", p.perUID)
@@ -71,6 +75,16 @@ func (p *peerCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 		info.process.Close()
 		p.conns.done(uid)
 	})}, info, nil
+}
+
+// unidentified is the refusal of a caller of whom there is no process.
+func unidentified(call string, err error) refusal.Refusal {
+	r := refusal.Refusal{Kind: refusal.Unidentified, Call: call, Reason: err.Error()}
+	var e *attest.PeerError
+	if errors.As(err, &e) {
+		r.Caller = refusal.Caller{PID: e.PID, UID: &e.UID}
+	}
+	return r
 }
 
 func (*peerCreds) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {

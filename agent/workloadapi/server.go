@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/signet-mesh/signet/agent/attest"
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
@@ -59,7 +60,9 @@ type Config struct {
 	// Ready says whether the node's state is known. Until it does, callers
 	// are told to come back. Nil means always.
 	Ready func() bool
-	Log   *slog.Logger
+	// Refused hears of every refusal, and must not block. Nil: nobody does.
+	Refused func(refusal.Refusal)
+	Log     *slog.Logger
 	// PerUID bounds the open connections, and the open calls, of one user id.
 	// 0 means DefaultPerUID.
 	PerUID int
@@ -75,6 +78,7 @@ type Server struct {
 	svids    *svid.Manager
 	attestor Attestor
 	ready    func() bool
+	refused  func(refusal.Refusal)
 	log      *slog.Logger
 	perUID   int
 	beside   func(grpc.ServiceRegistrar)
@@ -124,11 +128,14 @@ func (s *Server) ended(f *follower) {
 // New returns a Server.
 func New(c Config) *Server {
 	s := &Server{
-		svids: c.SVIDs, attestor: c.Attestor, ready: c.Ready, log: c.Log,
+		svids: c.SVIDs, attestor: c.Attestor, ready: c.Ready, refused: c.Refused, log: c.Log,
 		perUID:   cmp.Or(c.PerUID, DefaultPerUID),
 		beside:   c.Beside,
 		stopping: make(chan struct{}), streams: map[*follower]bool{},
 		refusals: rate.NewLimiter(10, 50),
+	}
+	if s.refused == nil {
+		s.refused = func(refusal.Refusal) {}
 	}
 	if s.ready == nil {
 		s.ready = func() bool { return true }
@@ -142,7 +149,7 @@ func New(c Config) *Server {
 // Call it once.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	srv := grpc.NewServer(
-		grpc.Creds(&peerCreds{conns: &counter{}, perUID: s.perUID, log: s.log, refusals: s.refusals}),
+		grpc.Creds(&peerCreds{conns: &counter{}, perUID: s.perUID, refused: s.refused, log: s.log, refusals: s.refusals}),
 		grpc.ChainUnaryInterceptor(s.unary),
 		grpc.ChainStreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(maxRequest),

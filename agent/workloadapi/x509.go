@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-mesh/signet/agent/attest"
+	"github.com/signet-mesh/signet/agent/refusal"
 )
 
 // FetchX509SVID streams the caller's SVIDs. Each message is the full state,
@@ -57,7 +58,7 @@ func follow[T any, M interface {
 	)
 	for {
 		svids, rules := s.svids.Changed(), s.attestor.Changed()
-		ids, err := s.identities(ctx, p)
+		ids, err := s.identities(ctx, method, p)
 		if err != nil {
 			return err
 		}
@@ -94,6 +95,7 @@ func follow[T any, M interface {
 			return unavailable("the agent is shutting down")
 		case <-tired:
 			log.Warn("a caller has an identity, but there is no valid certificate for it", "ids", ids, "error", err)
+			s.refused(refusal.Refusal{Kind: refusal.NoSVID, Call: method, ID: ids[0].String(), Caller: refusal.Of(p), Reason: err.Error()})
 			return unavailable("%v", err)
 		case <-svids:
 		case <-rules:
@@ -109,7 +111,7 @@ type identity struct {
 
 // identities attests the process and returns its identities, at least one, sorted
 // by SPIFFE ID. A hint is given once. The error is a gRPC status.
-func (s *Server) identities(ctx context.Context, p *attest.Process) ([]identity, error) {
+func (s *Server) identities(ctx context.Context, call string, p *attest.Process) ([]identity, error) {
 	if !s.ready() {
 		return nil, unavailable("the agent is starting: it does not know this node's workloads yet")
 	}
@@ -121,10 +123,13 @@ func (s *Server) identities(ctx context.Context, p *attest.Process) ([]identity,
 		if s.refusals.Allow() {
 			s.log.Info("refused a caller of the Workload API", "pid", p.PID, "uid", p.UID, "error", err)
 		}
-		// What differed goes to the log only: it tells the rules.
+		s.refused(refusal.Refusal{Kind: refusal.KindOf(err), Call: call, Caller: refusal.Of(p), Reason: err.Error()})
+		// What differed goes to the operator only: it tells the rules.
 		why := "no workload's attest rules match the calling process"
 		if errors.Is(err, attest.ErrGone) {
 			why = "the process that connected has exited or runs another program now"
+		} else if errors.Is(err, attest.ErrMoved) {
+			why = "the process was moved to another cgroup meanwhile"
 		}
 		return nil, status.Errorf(codes.PermissionDenied, "no identity issued to process %d of uid %d: %s; the agent's log says more", p.PID, p.UID, why)
 	}

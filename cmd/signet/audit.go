@@ -81,14 +81,51 @@ func recordRows(records ...audit.Record) [][]output.Cell {
 		if r.TLS != nil {
 			group = orDash(r.TLS.Group)
 		}
+		from, to, reason := party(r.Source), party(r.Destination), orDash(r.Reason)
+		if r.Refusal != nil {
+			from, to, reason = refused(&r)
+		}
 		rows = append(rows, []output.Cell{
-			output.C(instant(r.Start)), output.C(r.Side), output.S(verdictStyle(r.Verdict), r.Verdict),
-			output.C(party(r.Source)), output.C(party(r.Destination)), output.C(orDash(r.Destination.Address)), output.C(orDash(r.Transport)),
+			output.C(instant(r.Start)), output.C(orDash(string(r.Side))), output.S(verdictStyle(r.Verdict), r.Verdict),
+			output.C(from), output.C(to), output.C(orDash(r.Destination.Address)), output.C(orDash(r.Transport)),
 			output.C(orDash(r.Node)), output.C(group), output.C(r.BytesSent), output.C(r.BytesReceived), output.C(duration), output.C(orDash(r.Ended)),
-			output.C(orDash(truncated(r.Revision))), output.C(orDash(r.ID)), output.C(orDash(r.Reason)),
+			output.C(orDash(truncated(r.Revision))), output.C(orDash(r.ID)), output.C(reason),
 		})
 	}
 	return rows
+}
+
+// refused says who was refused what identity, and why. Nothing of it was proven.
+func refused(r *audit.Record) (from, to, reason string) {
+	f := r.Refusal
+	var who []string
+	if r.Source.Workload != "" {
+		who = append(who, r.Source.Workload)
+	} else if f.PodUID != "" {
+		who = append(who, "pod "+f.PodUID)
+	}
+	if f.UID != nil {
+		who = append(who, fmt.Sprintf("uid %d", *f.UID))
+	}
+	if f.Executable != "" {
+		who = append(who, f.Executable)
+	}
+	from = "(" + strings.Join(who, " ") + ")"
+	if len(who) == 0 {
+		from = "-"
+	}
+	to = f.Call
+	if f.ID != "" {
+		to = shortID(f.ID, "")
+	}
+	reason = f.Kind + ": " + r.Reason
+	if f.Count > 1 {
+		reason = fmt.Sprintf("%d times: %s", f.Count, reason)
+	}
+	if f.Several {
+		reason = "several callers, " + reason
+	}
+	return from, to, reason
 }
 
 // party names one end by what was proven; what was only seen is bracketed.
@@ -141,7 +178,9 @@ Names in brackets were seen but not proven: no handshake took place.
 
 Verdicts: allowed; denied (refused by policy, the application was never
 contacted); observed (flowed in observe mode, would have been denied);
-failed (the peer could not be reached or was not who it had to be).
+failed (the peer could not be reached or was not who it had to be); refused (no
+connection: a process, or this node, was refused an identity. FROM is who it was,
+TO what was asked for; how often is in the reason).
 
 With -o json the answer is one document; with --follow it is one document
 per line. Denied connections are what a mesh is for, so they are no finding:
@@ -151,6 +190,7 @@ records are therefore missing.`,
   signet audit --verdict denied --to pay/ledger -o wide
   signet audit --since 2026-11-23T09:00:00Z --from shop/web -o json
   signet audit -f --verdict denied
+  signet audit --verdict refused    # who asked for an identity and got none
   signet audit --serial 5f0ad1c2    # who got this certificate, and where it was shown
   signet audit --context prod --node worker-1 --since 1h`,
 		Args: args(cobra.NoArgs),
@@ -160,13 +200,13 @@ records are therefore missing.`,
 	flags.StringVar(&f.since, "since", "", "only connections that were open at or after this: a duration such as 10m, or an RFC 3339 time")
 	flags.StringVar(&f.from, "from", "", "only from this identity: namespace/service-account, namespace/ or SPIFFE ID")
 	flags.StringVar(&f.to, "to", "", "only to this identity, likewise")
-	flags.StringVar(&f.verdict, "verdict", "", "only allowed|denied|observed|failed")
+	flags.StringVar(&f.verdict, "verdict", "", "only allowed|denied|observed|failed|refused")
 	flags.StringVar(&f.side, "side", "", "only records made at the source|destination")
 	flags.StringVar(&f.node, "node", "", "only the records of this node")
 	flags.StringVar(&f.serial, "serial", "", "only connections that the certificate with this serial number was shown in, and whose it is")
 	flags.IntVar(&f.limit, "limit", 1000, "the newest N records at most; 0 is all")
 	flags.BoolVarP(&f.follow, "follow", "f", false, "go on with new records until interrupted")
-	complete(cmd, "verdict", "allowed", "denied", "observed", "failed")
+	complete(cmd, "verdict", "allowed", "denied", "observed", "failed", "refused")
 	complete(cmd, "side", "source", "destination")
 	cmd.AddCommand(a.newAuditVerifyCommand())
 	return cmd
@@ -183,8 +223,8 @@ func (a *app) query(f auditFlags) (q adminclient.AuditQuery, err error) {
 	}
 	if f.verdict != "" {
 		q.Verdicts = []audit.Verdict{audit.Verdict(f.verdict)}
-		if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed}, q.Verdicts[0]) {
-			return q, usage(fmt.Errorf("--verdict %q: must be allowed, denied, observed or failed", f.verdict))
+		if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed, audit.Refused}, q.Verdicts[0]) {
+			return q, usage(fmt.Errorf("--verdict %q: must be allowed, denied, observed, failed or refused", f.verdict))
 		}
 	}
 	if !slices.Contains([]audit.Side{"", audit.Source, audit.Destination}, q.Side) {
