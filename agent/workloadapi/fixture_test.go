@@ -170,6 +170,7 @@ type agent struct {
 	perUID   int
 	cutOff   spiffeid.ID // quarantined
 	log      *logText
+	refused  refusals
 
 	stopServer context.CancelFunc
 	served     chan error
@@ -234,7 +235,7 @@ func startAgent(t *testing.T, edit func(*agent), rules ...rule) *agent {
 	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(a.socket, 0o777)); err != nil {
 		t.Fatal(err)
 	}
-	a.server = New(Config{SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Log: log, PerUID: a.perUID})
+	a.server = New(Config{SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Refused: a.refused.add, Log: log, PerUID: a.perUID})
 	ctx, cancel := context.WithCancel(context.Background())
 	a.stopServer = cancel
 	go func() { a.served <- a.server.Serve(ctx, ln) }()
