@@ -65,11 +65,12 @@ type Entry struct {
 // line is one line of the file. An intent has all but the last three fields, an
 // outcome has time, serial and, of a certificate or a failure, one of the first
 // two of those. A revocation has time, serial, id, notAfter and the reason.
+// A refusal has what Refused has.
 type line struct {
-	Event      string    `json:"event"` // intent, issued, failed, revoked; first, see revocations
+	Event      string    `json:"event"` // intent, issued, failed, revoked, refused; first, see isEvent
 	Time       time.Time `json:"time"`
 	Kind       string    `json:"kind,omitempty"`
-	Serial     string    `json:"serial"`
+	Serial     string    `json:"serial,omitempty"`
 	ID         string    `json:"id,omitempty"`
 	Node       string    `json:"node,omitempty"`
 	Workload   string    `json:"workload,omitempty"`
@@ -81,13 +82,24 @@ type line struct {
 	CertSHA256 string    `json:"certSHA256,omitempty"`
 	Error      string    `json:"error,omitempty"`
 	Reason     string    `json:"reason,omitempty"`
+	Last       time.Time `json:"last,omitzero"`
+	Count      uint64    `json:"count,omitempty"`
+	Several    bool      `json:"several,omitempty"`
+	Call       string    `json:"call,omitempty"`
+	From       string    `json:"from,omitempty"`
+	Why        string    `json:"why,omitempty"`
+}
+
+// isEvent says whether a line is of a kind, without reading it.
+func isEvent(data []byte, event string) bool {
+	return bytes.HasPrefix(data, []byte(`{"event":"`+event+`"`))
 }
 
 // ErrDamaged is returned, with all that could be read, when the issuance log
 // holds lines that are not its own.
 var ErrDamaged = errors.New("ca: the issuance log is damaged")
 
-// Log is the issuance log: JSON lines in a file that only grows. It is safe
+// Log is the issuance log, which also has what was refused: JSON lines in a file that only grows. It is safe
 // for concurrent use.
 type Log struct {
 	path string
@@ -300,6 +312,7 @@ func (l *Log) read(want func(*line) bool) ([]Entry, error) {
 			if i, ok := index[e.Serial]; ok {
 				out[i].Revoked, out[i].Reason = e.Time, e.Reason
 			}
+		case eventRefused: // of nothing that was issued
 		default:
 			damaged = append(damaged, fmt.Errorf("%w: %s:%d: event %q", ErrDamaged, l.path, n, e.Event))
 		}

@@ -2,7 +2,6 @@ package ca
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -224,7 +223,7 @@ func (a *Authority) openRevoked() error {
 		return err
 	}
 	defer f.Close()
-	now, start := a.now(), []byte(`{"event":"`+eventRevoked+`"`)
+	now := a.now()
 	for r := bufio.NewReader(f); ; {
 		data, err := r.ReadBytes('\n')
 		if errors.Is(err, io.EOF) {
@@ -233,7 +232,7 @@ func (a *Authority) openRevoked() error {
 		if err != nil {
 			return err
 		}
-		if !bytes.HasPrefix(data, start) {
+		if !isEvent(data, eventRevoked) {
 			continue
 		}
 		var e line

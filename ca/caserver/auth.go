@@ -106,13 +106,13 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	cancel()
 	<-watched
 	if <-revoked && stream.Context().Err() == nil {
-		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection is revoked; join again with a new token")
+		return s.refuse(ctx, info.FullMethod, name, ReasonRevoked, "the node certificate of this connection is revoked; join again with a new token")
 	}
 	if quarantine := cut.Load(); quarantine != nil {
 		return s.refuseQuarantined(ctx, info.FullMethod, name, *quarantine)
 	}
 	if errors.Is(context.Cause(ctx), errExpired) && stream.Context().Err() == nil {
-		return s.refuse(ctx, info.FullMethod, name, codes.Unauthenticated, "the node certificate of this connection has expired; connect again with a renewed one")
+		return s.refuse(ctx, info.FullMethod, name, ReasonCertificate, "the node certificate of this connection has expired; connect again with a renewed one")
 	}
 	s.logOthers(ctx, info.FullMethod, name, err)
 	return err
@@ -166,7 +166,7 @@ func (s *Server) logOthers(ctx context.Context, call, node string, err error) {
 	}
 	switch code := status.Code(err); code {
 	case codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented:
-		s.log.WarnContext(ctx, "refused", "call", call, "node", node, "code", code.String(), "reason", status.Convert(err).Message())
+		s.note(ctx, code, Refusal{Call: call, Node: node, Reason: ReasonRequest, Message: status.Convert(err).Message()})
 	}
 }
 
@@ -189,7 +189,7 @@ func (s *Server) authenticate(ctx context.Context, call string) (string, *caller
 	}
 	name, ok := ca.NodeName(c.id)
 	if !ok {
-		return "", nil, s.refuse(ctx, call, "", codes.PermissionDenied, "the certificate is for %q, which is not a node; only nodes may call", c.id)
+		return "", nil, s.refuse(ctx, call, "", ReasonCaller, "the certificate is for %q, which is not a node; only nodes may call", c.id)
 	}
 	if quarantine, cut := s.quarantined(name); cut {
 		return "", nil, s.refuseQuarantined(ctx, call, name, quarantine)
@@ -207,22 +207,23 @@ type caller struct {
 func (s *Server) caller(ctx context.Context, call string) (*caller, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no peer")
+		return nil, s.refuse(ctx, call, "", ReasonCertificate, "no peer")
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok {
-		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "not a TLS connection; connect with a node certificate")
+		return nil, s.refuse(ctx, call, "", ReasonCertificate, "not a TLS connection; connect with a node certificate")
 	}
 	certs := info.State.PeerCertificates
 	if len(certs) == 0 {
-		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "no client certificate; only Join may be called without one, connect with the node's certificate")
+		return nil, s.refuse(ctx, call, "", ReasonCertificate, "no client certificate; only Join may be called without one, connect with the node's certificate")
 	}
 	id, root, err := x509check.VerifyRoot(certs, s.authority, s.now())
 	if err != nil {
-		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: %v", err)
+		return nil, s.refuse(ctx, call, "", ReasonCertificate, "client certificate: %v", err)
 	}
 	if s.authority.IsRevoked(certs[0].SerialNumber.Bytes()) {
-		return nil, s.refuse(ctx, call, "", codes.Unauthenticated, "client certificate: it is revoked; join again with a new token")
+		name, _ := ca.NodeName(id) // empty: it is no node's
+		return nil, s.refuse(ctx, call, name, ReasonRevoked, "client certificate: it is revoked; join again with a new token")
 	}
 	return &caller{id, certs[0], root}, nil
 }
@@ -269,5 +270,5 @@ func (s *Server) awaitRevoked(ctx context.Context, leaf *x509.Certificate) bool 
 }
 
 func (s *Server) refuseQuarantined(ctx context.Context, call, node, quarantine string) error {
-	return s.refuse(ctx, call, node, codes.PermissionDenied, "node %q is cut off by quarantine %q", node, quarantine)
+	return s.refuse(ctx, call, node, ReasonQuarantine, "node %q is cut off by quarantine %q", node, quarantine)
 }

@@ -24,21 +24,21 @@ type named interface {
 func (s *Server) onBehalf(ctx context.Context, call, node string, req named) (*mesh.Workload, *mesh.View, error) {
 	view, _ := s.feed.Get()
 	if view == nil || view.State == nil {
-		return nil, nil, s.refuse(ctx, call, node, codes.Unavailable, "the control plane has not read its documents yet; try again")
+		return nil, nil, s.refuseFor(ctx, call, node, req.GetWorkload(), ReasonStarting, "the control plane has not read its documents yet; try again")
 	}
 	// One answer for a workload elsewhere and one that does not exist: a node
 	// learns nothing about others.
 	w := view.State.Workload(req.GetWorkload())
 	if w == nil || w.Node != node {
-		return nil, nil, s.refuse(ctx, call, node, codes.PermissionDenied, "workload %s is not on node %q", quote(req.GetWorkload()), node)
+		return nil, nil, s.refuseFor(ctx, call, node, req.GetWorkload(), ReasonNode, "workload %s is not on node %q", quote(req.GetWorkload()), node)
 	}
 	// A pod that was replaced by another of its name gets nothing: the name
 	// alone would let its node go on in the name of the next one.
 	if w.UID != "" && req.GetUid() != w.UID {
-		return nil, nil, s.refuse(ctx, call, node, codes.PermissionDenied, "uid: workload %s is not pod %s", quote(w.Key()), quote(req.GetUid()))
+		return nil, nil, s.refuseFor(ctx, call, node, w.Key(), ReasonPod, "uid: workload %s is not pod %s", quote(w.Key()), quote(req.GetUid()))
 	}
 	if view.State.Mode(w.Namespace) == mesh.ModeOff {
-		return nil, nil, s.refuse(ctx, call, node, codes.PermissionDenied, "namespace %q of workload %q is off; annotate it with signet.dev/mesh: enforce or observe", w.Namespace, w.Key())
+		return nil, nil, s.refuseFor(ctx, call, node, w.Key(), ReasonNamespace, "namespace %q of workload %q is off; annotate it with signet.dev/mesh: enforce or observe", w.Namespace, w.Key())
 	}
 	return w, view, nil
 }
@@ -49,10 +49,10 @@ func (s *Server) onBehalf(ctx context.Context, call, node string, req named) (*m
 func (s *Server) IssueJWT(ctx context.Context, req *nodev1.IssueJWTRequest) (*nodev1.IssueJWTResponse, error) {
 	name, ok := NodeFromContext(ctx)
 	if !ok {
-		return nil, s.refuse(ctx, "IssueJWT", "", codes.Unauthenticated, "no node certificate")
+		return nil, s.refuse(ctx, "IssueJWT", "", ReasonCertificate, "no node certificate")
 	}
 	if !s.node(name).tokens.AllowN(s.now(), 1) {
-		return nil, s.refuseRate(ctx, "IssueJWT", name)
+		return nil, s.refuseRate(ctx, "IssueJWT", name, req.GetWorkload())
 	}
 	w, view, err := s.onBehalf(ctx, "IssueJWT", name, req)
 	if err != nil {
@@ -61,11 +61,11 @@ func (s *Server) IssueJWT(ctx context.Context, req *nodev1.IssueJWTRequest) (*no
 	// A certificate of a quarantined identity opens no connection; a token would
 	// be taken by applications that know nothing of the quarantine.
 	if quarantine, cut := view.Model.Quarantined(w.ID); cut {
-		return nil, s.refuse(ctx, "IssueJWT", name, codes.PermissionDenied, "%s is cut off by quarantine %q", w.ID, quarantine)
+		return nil, s.refuseFor(ctx, "IssueJWT", name, w.Key(), ReasonQuarantine, "%s is cut off by quarantine %q", w.ID, quarantine)
 	}
 	p, err := s.authority.PrepareJWT(ca.JWTRequest{ID: w.ID, Audience: req.GetAudience(), Node: name, Workload: w.Key()})
 	if err != nil {
-		return nil, s.refuse(ctx, "IssueJWT", name, codes.InvalidArgument, "%v", err)
+		return nil, s.refuseFor(ctx, "IssueJWT", name, w.Key(), ReasonRequest, "%v", err)
 	}
 	issued, err := s.authority.IssueJWT(p)
 	if err != nil {

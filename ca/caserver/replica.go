@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
@@ -35,7 +34,7 @@ func (s *Server) toReplica(srv any, stream grpc.ServerStream, info *grpc.StreamS
 		return err
 	}
 	if want := ca.ControlID(s.authority.TrustDomain()); c.id != want {
-		return s.refuse(stream.Context(), info.FullMethod, "", codes.PermissionDenied, "the certificate is for %q; only %q may call", c.id, want)
+		return s.refuse(stream.Context(), info.FullMethod, "", ReasonCaller, "the certificate is for %q; only %q may call", c.id, want)
 	}
 	ctx, cancel := s.whileValid(stream.Context(), c.leaf)
 	defer cancel()

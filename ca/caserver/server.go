@@ -49,6 +49,9 @@ type Config struct {
 	// with, and a channel that is closed when they are no longer current. Nil: it
 	// is federated with none.
 	Foreign func() ([]*bundle.Bundle, <-chan struct{})
+	// Refused hears of every call that is refused, and must not block. Nil: nobody
+	// does.
+	Refused func(Refusal)
 	// Log receives what was issued and what was refused; nil discards it.
 	Log *slog.Logger
 	// Now is the clock; nil means time.Now. It should be the authority's.
@@ -76,6 +79,7 @@ type Server struct {
 	foreign    func() ([]*bundle.Bundle, <-chan struct{})
 	rate       rate.Limit
 	burst      int
+	refused    func(Refusal)
 	log        *slog.Logger
 	now        func() time.Time
 	cert       *ca.ServerCertificate
@@ -90,7 +94,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		authority: cfg.Authority, feed: cfg.Feed, tokens: cfg.Tokens,
 		nodeTTL: cfg.NodeTTL, xdsVersion: cfg.XDSVersion, foreign: cfg.Foreign, rate: rate.Limit(cfg.Rate), burst: cfg.Burst,
-		log: cfg.Log, now: cfg.Now,
+		refused: cfg.Refused, log: cfg.Log, now: cfg.Now,
 		nodes: make(map[string]*node),
 	}
 	if s.nodeTTL == 0 {
@@ -104,6 +108,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if s.foreign == nil {
 		s.foreign = func() ([]*bundle.Bundle, <-chan struct{}) { return nil, nil }
+	}
+	if s.refused == nil {
+		s.refused = func(Refusal) {}
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -131,13 +138,6 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// refuse logs a refusal and returns it as a gRPC status.
-func (s *Server) refuse(ctx context.Context, call, node string, code codes.Code, format string, args ...any) error {
-	err := status.Errorf(code, format, args...)
-	s.log.WarnContext(ctx, "refused", "call", call, "node", node, "code", code.String(), "reason", status.Convert(err).Message())
-	return err
-}
-
 // Join trades a one-use join token for a node certificate. The token is spent
 // even when the request that came with it is bad.
 func (s *Server) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.NodeSVID, error) {
@@ -147,7 +147,7 @@ func (s *Server) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.Nod
 		if err != ErrToken { // the bare sentinel has nothing to add
 			s.log.WarnContext(ctx, "join token refused", "reason", err)
 		}
-		return nil, s.refuse(ctx, "Join", "", codes.PermissionDenied, "join token is unknown, used or expired; create a new one on the control plane")
+		return nil, s.refuse(ctx, "Join", "", ReasonToken, "join token is unknown, used or expired; create a new one on the control plane")
 	case err != nil:
 		s.log.ErrorContext(ctx, "redeeming a join token failed", "err", err)
 		return nil, status.Error(codes.Unavailable, "join tokens cannot be redeemed now; see the control plane's log")
@@ -162,10 +162,10 @@ func (s *Server) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.Nod
 func (s *Server) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1.NodeSVID, error) {
 	name, ok := NodeFromContext(ctx)
 	if !ok {
-		return nil, s.refuse(ctx, "Renew", "", codes.Unauthenticated, "no node certificate")
+		return nil, s.refuse(ctx, "Renew", "", ReasonCertificate, "no node certificate")
 	}
 	if !s.node(name).limiter.AllowN(s.now(), 1) {
-		return nil, s.refuseRate(ctx, "Renew", name)
+		return nil, s.refuseRate(ctx, "Renew", name, "")
 	}
 	return s.issueNode(ctx, "Renew", name, req.GetCsr())
 }
@@ -173,7 +173,7 @@ func (s *Server) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1.N
 func (s *Server) issueNode(ctx context.Context, call, name string, csr []byte) (*nodev1.NodeSVID, error) {
 	id, err := ca.NodeID(s.authority.TrustDomain(), name)
 	if err != nil {
-		return nil, s.refuse(ctx, call, name, codes.InvalidArgument, "%v", err)
+		return nil, s.refuse(ctx, call, name, ReasonRequest, "%v", err)
 	}
 	chain, err := s.issue(ctx, call, ca.Request{ID: id, CSR: csr, TTL: s.nodeTTL, Node: name})
 	if err != nil {
@@ -187,10 +187,10 @@ func (s *Server) issueNode(ctx context.Context, call, name string, csr []byte) (
 func (s *Server) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.IssueResponse, error) {
 	name, ok := NodeFromContext(ctx)
 	if !ok {
-		return nil, s.refuse(ctx, "Issue", "", codes.Unauthenticated, "no node certificate")
+		return nil, s.refuse(ctx, "Issue", "", ReasonCertificate, "no node certificate")
 	}
 	if !s.node(name).limiter.AllowN(s.now(), 1) {
-		return nil, s.refuseRate(ctx, "Issue", name)
+		return nil, s.refuseRate(ctx, "Issue", name, req.GetWorkload())
 	}
 	w, view, err := s.onBehalf(ctx, "Issue", name, req)
 	if err != nil {
@@ -208,7 +208,7 @@ func (s *Server) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.I
 func (s *Server) issue(ctx context.Context, call string, req ca.Request) ([][]byte, error) {
 	p, err := s.authority.Prepare(req)
 	if err != nil {
-		return nil, s.refuse(ctx, call, req.Node, codes.InvalidArgument, "%v", err)
+		return nil, s.refuseFor(ctx, call, req.Node, req.Workload, ReasonRequest, "%v", err)
 	}
 	issued, err := s.authority.Issue(p)
 	if err != nil {
@@ -220,8 +220,8 @@ func (s *Server) issue(ctx context.Context, call string, req ca.Request) ([][]by
 	return issued.Chain, nil
 }
 
-func (s *Server) refuseRate(ctx context.Context, call, name string) error {
-	return s.refuse(ctx, call, name, codes.ResourceExhausted, "node %q makes more than %g of these calls a second; wait and try again", name, float64(s.rate))
+func (s *Server) refuseRate(ctx context.Context, call, name, workload string) error {
+	return s.refuseFor(ctx, call, name, workload, ReasonRate, "node %q makes more than %g of these calls a second; wait and try again", name, float64(s.rate))
 }
 
 func rawCerts(certs []*x509.Certificate) [][]byte {

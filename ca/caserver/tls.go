@@ -35,6 +35,7 @@ func (s *Server) TLSConfig() *tls.Config {
 					err = fmt.Errorf("%w; this machine's clock is behind, or was ahead when it issued the certificate: set it right", err)
 				}
 				s.log.Warn("refused a TLS client", "reason", err)
+				s.refused(Refusal{Call: "TLS", Reason: ReasonCertificate, Message: err.Error()})
 			}
 			return err
 		},

@@ -24,10 +24,10 @@ func (s *Server) Watch(req *nodev1.WatchRequest, stream grpc.ServerStreamingServ
 	ctx := stream.Context()
 	name, ok := NodeFromContext(ctx)
 	if !ok {
-		return s.refuse(ctx, "Watch", "", codes.Unauthenticated, "no node certificate")
+		return s.refuse(ctx, "Watch", "", ReasonCertificate, "no node certificate")
 	}
 	if len(req.GetRevision()) > 256 {
-		return s.refuse(ctx, "Watch", name, codes.InvalidArgument, "revision: %d bytes; at most 256", len(req.GetRevision()))
+		return s.refuse(ctx, "Watch", name, ReasonRequest, "revision: %d bytes; at most 256", len(req.GetRevision()))
 	}
 	s.connected(name, req.GetRevision())
 	defer s.disconnected(name)
@@ -122,22 +122,22 @@ const (
 func (s *Server) Report(ctx context.Context, req *nodev1.ReportRequest) (*nodev1.ReportResponse, error) {
 	name, ok := NodeFromContext(ctx)
 	if !ok {
-		return nil, s.refuse(ctx, "Report", "", codes.Unauthenticated, "no node certificate")
+		return nil, s.refuse(ctx, "Report", "", ReasonCertificate, "no node certificate")
 	}
 	if len(req.GetRevision()) > 256 {
-		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "revision: %d bytes; at most 256", len(req.GetRevision()))
+		return nil, s.refuse(ctx, "Report", name, ReasonRequest, "revision: %d bytes; at most 256", len(req.GetRevision()))
 	}
 	if len(req.GetWorkloads()) > maxReported {
-		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "workloads: %d; at most %d", len(req.GetWorkloads()), maxReported)
+		return nil, s.refuse(ctx, "Report", name, ReasonRequest, "workloads: %d; at most %d", len(req.GetWorkloads()), maxReported)
 	}
 	for _, w := range req.GetWorkloads() {
 		if len(w.GetWorkload()) > 512 || len(w.GetUid()) > 128 || len(w.GetProblem()) > maxProblem {
-			return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "workloads: an entry is too long; a problem may have %d bytes", maxProblem)
+			return nil, s.refuse(ctx, "Report", name, ReasonRequest, "workloads: an entry is too long; a problem may have %d bytes", maxProblem)
 		}
 	}
 	roots := req.GetRoots()
 	if len(roots.GetTrusted()) > maxRoots || len(roots.GetUsed()) > maxRoots || len(roots.GetWaits()) > maxProblem {
-		return nil, s.refuse(ctx, "Report", name, codes.InvalidArgument, "roots: at most %d of each kind, and %d bytes of what waits", maxRoots, maxProblem)
+		return nil, s.refuse(ctx, "Report", name, ReasonRequest, "roots: at most %d of each kind, and %d bytes of what waits", maxRoots, maxProblem)
 	}
 	if root, ok := ctx.Value(rootKey{}).(ca.Fingerprint); ok && roots != nil {
 		// This connection ends with the root that its certificate ends at.
@@ -192,7 +192,7 @@ func (s *Server) ownReports(ctx context.Context, name string, all []*nodev1.Work
 	if first < 0 {
 		return all
 	}
-	s.log.WarnContext(ctx, "refused", "call", "Report", "node", name, "code", codes.PermissionDenied.String(),
-		"reason", fmt.Sprintf("workloads: %s is not on node %q; what is said of it is not kept", quote(all[first].GetWorkload()), name))
+	s.note(ctx, codes.PermissionDenied, Refusal{Call: "Report", Node: name, Workload: all[first].GetWorkload(), Reason: ReasonNode,
+		Message: fmt.Sprintf("workloads: %s is not on node %q; what is said of it is not kept", quote(all[first].GetWorkload()), name)})
 	return slices.DeleteFunc(slices.Clone(all), others)
 }

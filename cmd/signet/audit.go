@@ -180,7 +180,8 @@ Verdicts: allowed; denied (refused by policy, the application was never
 contacted); observed (flowed in observe mode, would have been denied);
 failed (the peer could not be reached or was not who it had to be); refused (no
 connection: a process, or this node, was refused an identity. FROM is who it was,
-TO what was asked for; how often is in the reason).
+TO what was asked for; how often is in the reason; what the control plane refused
+is in ` + "`signet ca refused`" + `).
 
 With -o json the answer is one document; with --follow it is one document
 per line. Denied connections are what a mesh is for, so they are no finding:

@@ -91,7 +91,7 @@ node uses a certificate of the old root, and withdraws that. It goes on by itsel
 also over a restart of the control plane, and begins by itself when two thirds of
 the root's life are over.`, `  signet ca status
   signet ca rotate`)
-	ca.AddCommand(a.newCAStatusCommand(), a.newCARotateCommand(), a.newCADistrustCommand(), a.newCAAbandonCommand(), a.newCARevokeCommand(), a.newCARevokedCommand())
+	ca.AddCommand(a.newCAStatusCommand(), a.newCARotateCommand(), a.newCADistrustCommand(), a.newCAAbandonCommand(), a.newCARevokeCommand(), a.newCARevokedCommand(), a.newCARefusedCommand())
 	return ca
 }
 

@@ -157,6 +157,10 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 		revoked := answer(adminv1.Revocations{Certificates: []adminv1.RevokedCertificate{{Serial: "0a", ID: id("shop/checkout"), Reason: "lost"}}})
 		mux.HandleFunc("GET /v1/ca/revoked", revoked)
 		mux.HandleFunc("POST /v1/ca/revoke", revoked)
+		mux.HandleFunc("GET /v1/ca/refused", answer(adminv1.Refusals{Refused: []adminv1.Refused{
+			{First: testNow.Add(-time.Hour), Last: testNow, Count: 7, Call: "Issue", Node: "n1", Workload: "pay/ledger-1", From: "10.0.0.9", Why: "node", Reason: `workload "pay/ledger-1" is not on node "n1"`},
+			{First: testNow, Last: testNow, Count: 1, Call: "TLS", Why: "certificate", Reason: "no\x1b[2J"},
+		}}))
 		mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 			e := m.explanation
 			e.From, e.To = r.URL.Query().Get("from"), r.URL.Query().Get("to")
@@ -173,6 +177,8 @@ func id(short string) string {
 	ns, sa, _ := strings.Cut(short, "/")
 	return "spiffe://mesh.example/ns/" + ns + "/sa/" + sa
 }
+
+var testUID uint32 = 1000
 
 var testRecords = []audit.Record{
 	{
@@ -191,6 +197,19 @@ var testRecords = []audit.Record{
 		Seq: 3, ID: "c-3", Node: "n1", Side: audit.Source, Start: testNow.Add(-10 * time.Second),
 		Source: audit.Party{ID: id("shop/web")}, Destination: audit.Party{Address: "192.0.2.7:443"},
 		Verdict: audit.Observed, Reason: "outside the mesh", Transport: "plaintext",
+	},
+	{
+		Seq: 4, ID: "refused:r:1", Node: "n1", Start: testNow.Add(-5 * time.Second), End: testNow.Add(-time.Second), Verdict: audit.Refused,
+		Reason: "no workload's attest rules match", Refusal: &audit.Refusal{Kind: "stranger", Call: "FetchX509SVID", PID: 4242, UID: &testUID, Executable: "/usr/bin/curl\x1b[2J", Count: 12},
+	},
+	{
+		Seq: 5, ID: "refused:r:2", Node: "n1", Start: testNow.Add(-5 * time.Second), End: testNow.Add(-5 * time.Second), Verdict: audit.Refused,
+		Reason: "it is not an identity of the calling process", Source: audit.Party{Workload: "shop/web-1"},
+		Refusal: &audit.Refusal{Kind: "not-its-own", Call: "FetchJWTSVID", ID: id("pay/ledger"), PID: 7, UID: &testUID, PodUID: "0b8d5a2e-6c1f-4f3e-9c55-2f0a6a4f1d77", Count: 1},
+	},
+	{
+		Seq: 6, ID: "refused:r:3", Node: "n1", Start: testNow.Add(-4 * time.Second), End: testNow, Verdict: audit.Refused,
+		Reason: "PermissionDenied: no", Source: audit.Party{Workload: "shop/web-1"}, Refusal: &audit.Refusal{Kind: "control-plane", Call: "Issue", Count: 3, Several: true},
 	},
 }
 
@@ -300,6 +319,7 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		"signet ca distrust":     {[]string{"ca", "distrust", "--yes"}, exitFindings, exitFailed},
 		"signet ca abandon":      {[]string{"ca", "abandon"}, exitFindings, exitFailed},
 		"signet ca revoke":       {[]string{"ca", "revoke", "--serial", "0a", "--reason", "lost"}, exitGood, exitFailed},
+		"signet ca refused":      {[]string{"ca", "refused"}, exitGood, exitFailed},
 		"signet ca revoked":      {[]string{"ca", "revoked"}, exitGood, exitFailed},
 		"signet version":         {[]string{"version"}, exitGood, exitGood},
 	}

@@ -202,6 +202,16 @@ func (c *Client) Revoked(ctx context.Context) (r adminv1.Revocations, err error)
 	return r, c.control.ask(ctx, http.MethodGet, "/v1/ca/revoked", nil, &r)
 }
 
+// Refused lists what the control plane refused at or after since (zero: ever), and
+// of that the newest limit (0: all), oldest first.
+func (c *Client) Refused(ctx context.Context, since time.Time, limit int) (r adminv1.Refusals, err error) {
+	q := url.Values{"limit": {strconv.Itoa(limit)}}
+	if !since.IsZero() {
+		q.Set("since", since.UTC().Format(time.RFC3339Nano))
+	}
+	return r, c.control.ask(ctx, http.MethodGet, "/v1/ca/refused", q, &r)
+}
+
 // AbandonRoot withdraws the next root before it signs.
 func (c *Client) AbandonRoot(ctx context.Context) (s adminv1.AuthorityStatus, err error) {
 	return s, c.control.ask(ctx, http.MethodPost, "/v1/ca/abandon", nil, &s)

@@ -48,6 +48,10 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 		adminserver.Answer(w, c.rotation.status(), err)
 	})
 	mux.HandleFunc("GET /v1/ca/revoked", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.revoked(), nil) })
+	mux.HandleFunc("GET /v1/ca/refused", func(w http.ResponseWriter, r *http.Request) {
+		list, err := c.refused(r.FormValue("since"), r.FormValue("limit"))
+		adminserver.Answer(w, list, err)
+	})
 	mux.HandleFunc("POST /v1/ca/revoke", func(w http.ResponseWriter, r *http.Request) {
 		err := c.revoke(r.FormValue("serial"), r.FormValue("id"), r.FormValue("reason"))
 		adminserver.Answer(w, c.revoked(), err)
@@ -148,6 +152,7 @@ func (c *control) metrics() *prometheus.Registry {
 		}
 		return 0
 	})
+	r.MustRegister(c.refusals.total)
 	gauge("signet_control_workloads", "Workloads of the mesh.", func() float64 {
 		view, _ := c.feed.Get()
 		if view == nil {

@@ -113,6 +113,7 @@ type control struct {
 	nodes     atomic.Pointer[caserver.Server] // nil until the authority is open
 	authority atomic.Pointer[ca.Authority]    // nil until it is open
 	built     builds
+	refusals  *refusals
 	peers     *peers    // nil: there are no other replicas
 	rotation  *rotation // set before anybody can ask
 	mu        sync.Mutex
@@ -133,7 +134,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := cfg.Federation.Check(cfg.JWTKeyLife); err != nil {
 		return err
 	}
-	c := &control{cfg: cfg, log: cfg.Log, started: make(chan struct{})}
+	c := &control{cfg: cfg, log: cfg.Log, started: make(chan struct{}), refusals: newRefusals()}
 	if cfg.Replicas != nil {
 		c.peers = &peers{list: cfg.Replicas, log: cfg.Log, told: map[string]peer{}}
 	}
@@ -178,7 +179,7 @@ func (c *control) serve(ctx context.Context) error {
 	follower := c.follower(td)
 	nodes, err := caserver.New(caserver.Config{
 		Authority: authority, Feed: &c.feed, Tokens: tokens, Log: c.log,
-		XDSVersion: c.xdsVersion, Foreign: follower.Bundles,
+		XDSVersion: c.xdsVersion, Foreign: follower.Bundles, Refused: c.refusals.add,
 	})
 	if err != nil {
 		return err
@@ -202,6 +203,7 @@ func (c *control) serve(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(listener) })
 	g.Go(func() error { authority.KeepJWTKeys(ctx); return nil })
+	g.Go(func() error { c.refusals.keep(ctx, authority, c.log); return nil })
 	g.Go(func() error {
 		<-ctx.Done()
 		stopped := make(chan struct{})

@@ -11,6 +11,7 @@
 //	GET  control.sock /v1/ca            -> AuthorityStatus
 //	GET  control.sock /v1/ca/issued?serial= -> Issuance
 //	GET  control.sock /v1/ca/revoked    -> Revocations
+//	GET  control.sock /v1/ca/refused?since=RFC3339&limit= -> Refusals
 //	POST control.sock /v1/ca/revoke?serial=&reason= -> Revocations
 //	POST control.sock /v1/ca/rotate?force=, /v1/ca/distrust, /v1/ca/abandon -> AuthorityStatus
 //
@@ -126,4 +127,32 @@ type AuditVerification struct {
 	Records uint64 `json:"records"`
 	// Fault is empty when every batch is intact and linked to the one before.
 	Fault string `json:"fault,omitempty"`
+}
+
+// Refusals is what the control plane refused nodes, and whoever else called it.
+type Refusals struct {
+	Refused []Refused `json:"refused"`
+}
+
+// Refused is one kind of them.
+type Refused struct {
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
+	Count uint64    `json:"count"`
+	// Several says that calls that differ are counted here, since there were too
+	// many to tell apart. The rest describes the latest.
+	Several bool `json:"several,omitempty"`
+	// Call is what was called, such as "Issue".
+	Call string `json:"call"`
+	// Node is who called, as its certificate proved; empty: nobody proved to be a
+	// node.
+	Node string `json:"node,omitempty"`
+	// Workload is whom the call named, in the caller's words.
+	Workload string `json:"workload,omitempty"`
+	// From is the caller's address.
+	From string `json:"from,omitempty"`
+	// Why is the reason in one word, as in signet_control_refused_total; Reason is
+	// what the caller was told.
+	Why    string `json:"why"`
+	Reason string `json:"reason"`
 }
