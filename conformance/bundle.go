@@ -152,7 +152,7 @@ func checkSequence(ctx context.Context, s *session) (string, error) {
 		return "", fmt.Errorf("the second time: %w", err)
 	}
 	m, err := integer(next["spiffe_sequence"])
-	same := string(f.body) == string(f.again)
+	same := content(set) == content(next)
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("the second time: %w", err)
@@ -162,6 +162,17 @@ func checkSequence(ctx context.Context, s *session) (string, error) {
 		return "", fmt.Errorf("it stays %d, and the bundle has changed", n)
 	}
 	return strconv.FormatInt(n, 10), nil
+}
+
+// content is a bundle as text, whatever the order of its keys and members.
+func content(set map[string]any) string {
+	var keys []string
+	list, _ := set["keys"].([]any)
+	for _, k := range list {
+		keys = append(keys, part(k))
+	}
+	slices.Sort(keys)
+	return part(changed(set, map[string]any{"keys": keys}))
 }
 
 func checkRefreshHint(ctx context.Context, s *session) (string, error) {

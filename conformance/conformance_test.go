@@ -89,6 +89,18 @@ func TestWithout(t *testing.T) {
 	}
 }
 
+// A bundle is the same in whatever order its keys are.
+func TestOrderOfKeys(t *testing.T) {
+	n := 0
+	passes(t, newFake(t, func(f *fake) {
+		f.document = func(set map[string]any) {
+			if n++; n%2 == 0 {
+				slices.Reverse(set["keys"].([]any))
+			}
+		}
+	}).run(), "update", "full-state", "validate-expired")
+}
+
 // The half that a caller without an identity can look at.
 func TestStrangerAlone(t *testing.T) {
 	r := newFake(t, func(f *fake) { f.edit = func(o *Options) { o.Endpoint, o.Federation = "", nil } }).run()
