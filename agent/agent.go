@@ -116,6 +116,8 @@ type agent struct {
 	// built from it and handed on, so that an older one never follows a newer.
 	giving sync.Mutex
 	given  *nodeState // guarded by giving; what the proxy's configuration was built from
+	// tunnels is when the proxy was last told to open new tunnels; zero: never.
+	tunnels time.Time // guarded by giving
 
 	mu       sync.Mutex
 	state    *nodeState // guarded by mu; replaced whole
@@ -215,6 +217,7 @@ func (a *agent) serve(ctx context.Context) error {
 	run(a.capture)
 	run(a.reports)
 	run(a.followProxies)
+	run(a.watchClock)
 	// The rest needs the node's certificate. What is above works without the
 	// control plane on what an earlier run left.
 	g.Go(func() error {

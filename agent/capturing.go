@@ -284,7 +284,7 @@ func (a *agent) give(s *nodeState) {
 		return
 	}
 	a.rules.begin(s)
-	set, err := xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog(), IPv6: a.ipv6})
+	set, err := a.local(s)
 	if err != nil {
 		a.log.Error("building the proxy's configuration; it keeps what it has", "error", err)
 		return
@@ -296,6 +296,11 @@ func (a *agent) give(s *nodeState) {
 	}
 	a.relay.SetLocal(set)
 	a.given = s
+}
+
+// local builds what the proxy needs for a state. giving is held.
+func (a *agent) local(s *nodeState) (xds.Set, error) {
+	return xds.Local(s.view(), a.cfg.Node, xds.Options{AccessLog: a.accessLog(), IPv6: a.ipv6, Tunnels: a.tunnels})
 }
 
 func (a *agent) accessLog() string {

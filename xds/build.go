@@ -21,6 +21,10 @@ type Options struct {
 	// IPv6 says that the node's kernel has IPv6. On one that has not, the
 	// proxy refuses everything with an IPv6 address in it.
 	IPv6 bool
+	// Tunnels is when the proxy was last told to open new tunnels; zero: never.
+	// Another instant makes it do so: those from before take no new connections,
+	// and end with the last that they carry.
+	Tunnels time.Time
 }
 
 // Local returns what the proxy of a node needs to serve the node's own

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"regexp"
+	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -17,6 +18,7 @@ import (
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -99,6 +101,7 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:       seconds(5),
+		Metadata:             b.tunnelsSince(),
 		// How long a destination that nobody uses keeps its pooled tunnels.
 		CleanupInterval:    seconds(60),
 		UpstreamBindConfig: insideNamespace(b.opts.IPv6),
@@ -143,6 +146,18 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 			})},
 		},
 	}
+}
+
+// tunnelsSince says nothing to the proxy but that the cluster is another one than
+// before: it takes a new one in its place, whose pools are empty, and the old one
+// goes when its tunnels are.
+func (b *builder) tunnelsSince() *corev3.Metadata {
+	if b.opts.Tunnels.IsZero() {
+		return nil
+	}
+	return &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metadataKey: {Fields: map[string]*structpb.Value{
+		"tunnels_since": structpb.NewStringValue(b.opts.Tunnels.UTC().Format(time.RFC3339Nano)),
+	}}}}
 }
 
 // tlsParams: TLS 1.3 only. The maximum must be named, or Envoy takes 1.2 for
