@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/test/clock"
 	"github.com/signet-mesh/signet/test/harness"
@@ -64,12 +65,15 @@ func serialOf(t *testing.T, m *harness.Mesh, holder string) (serial, problem str
 // within seconds; nobody else ever gets in.
 //
 // What it defends: that renewal, the end of streams, and the token with which a
-// node that has nothing left joins again, go by the wall clock and not by timers.
+// node that has nothing left joins again, go by the wall clock and not by timers;
+// and that tunnels whose certificates are over take no new connections, although the
+// proxy's timers would let them, while those that are open in them stay.
 func TestSuspendPastExpiry(t *testing.T) {
 	m := rotating(t, time.Hour)
 	if err := callEcho(t.Context(), m.Pod("red"), serverAt); err != nil {
 		t.Fatal(err)
 	}
+	long := hold(t, m.Pod("red"), serverAt) // in the tunnel of the call before
 	before, _ := serialOf(t, m, "shop/red")
 	node, _ := serialOf(t, m, "node")
 	running := pids(m)
@@ -105,6 +109,28 @@ func TestSuspendPastExpiry(t *testing.T) {
 		return callEcho(ctx, m.Pod("blue"), serverAt)
 	})
 	t.Logf("calls go well %s after the machine went on", time.Since(resumed).Round(10*time.Millisecond))
+	// Red had a tunnel, which by the proxy's timers is as young as before.
+	m.Eventually(resumeWithin, "red to be called by its new certificate", func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if err := callEcho(ctx, m.Pod("red"), serverAt); err != nil {
+			return err
+		}
+		var newest audit.Record
+		for _, r := range m.Records(adminclient.AuditQuery{}) {
+			if r.Side == audit.Destination && strings.HasSuffix(r.Source.ID, "/sa/red") && r.Start.After(newest.Start) {
+				newest = r
+			}
+		}
+		if newest.Source.Serial == "" || newest.Source.Serial == before {
+			return fmt.Errorf("its newest connection is by the certificate %q", newest.Source.Serial)
+		}
+		return nil
+	})
+	t.Logf("nobody takes an old tunnel %s after the machine went on", time.Since(resumed).Round(10*time.Millisecond))
+	if err := long.ping(); err != nil {
+		t.Errorf("a connection that was open before: %v", err)
+	}
 	if err := callEcho(t.Context(), m.Pod("stranger"), serverAt); err == nil {
 		t.Error("a stranger got in")
 	}
@@ -159,6 +185,7 @@ func TestClockJumps(t *testing.T) {
 		{-10 * time.Second, []string{"envoy"}, true, true, ""},
 		{-5 * time.Minute, []string{"agent"}, false, true, node},
 		{-5 * time.Minute, []string{"envoy"}, true, false, ""},
+		{5 * time.Minute, clocks, true, true, ""},
 	}
 	if os.Getenv("SIGNET_TEST_LONG") != "" {
 		cases = append(cases,
@@ -168,6 +195,12 @@ func TestClockJumps(t *testing.T) {
 			clockCase{10 * time.Second, []string{"envoy"}, true, true, ""},
 			clockCase{10 * time.Second, []string{"agent", "envoy"}, true, true, ""},
 			clockCase{-10 * time.Second, []string{"agent", "envoy"}, true, true, ""},
+			clockCase{5 * time.Minute, []string{"envoy"}, true, true, ""},
+			clockCase{-5 * time.Minute, []string{"agent", "envoy"}, false, true, node},
+			clockCase{10 * time.Second, clocks, true, true, ""},
+			clockCase{-10 * time.Second, clocks, true, true, ""},
+			clockCase{-5 * time.Minute, clocks, false, true, early},
+			clockCase{-time.Hour, clocks, false, true, early},
 			clockCase{5 * time.Minute, []string{"control"}, false, true, node},
 			clockCase{-5 * time.Minute, []string{"control"}, false, true, early},
 			clockCase{5 * time.Minute, []string{"agent"}, true, true, differ},

@@ -1,0 +1,133 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-mesh/signet/test/harness"
+)
+
+// TestTokenClockJumps: the clock of the control plane, of the agent, or of both
+// jumps while tokens are asked for and judged. Up to ten seconds nothing fails. By
+// more, a token that is early or over by the clock of who judges is neither given
+// out nor taken; the agent's log or the answer says that a time is the reason. When
+// the clock is right again, all is well, and nothing was started anew.
+//
+// What it defends: that the agent looks at the times of a token that it gets, and
+// of one that it judges, by the wall clock, each time.
+func TestTokenClockJumps(t *testing.T) {
+	cases := []struct {
+		off   time.Duration
+		moved []string
+		fresh bool   // a token that is made meanwhile is given out, and taken
+		held  string // why the token of before is refused; "": it is taken
+		says  string // in the log of the mesh, why there is no fresh one
+	}{
+		{-10 * time.Second, []string{"agent"}, true, "", ""},
+		{-5 * time.Minute, []string{"agent"}, false, "iat: issued at", "check the clocks"},
+		{5 * time.Minute, []string{"control"}, false, "", "check the clocks"},
+		{6 * time.Minute, []string{"agent", "control"}, true, "exp: expired at", ""},
+	}
+	if os.Getenv("SIGNET_TEST_LONG") != "" {
+		cases = append(cases, []struct {
+			off   time.Duration
+			moved []string
+			fresh bool
+			held  string
+			says  string
+		}{
+			{10 * time.Second, []string{"agent"}, true, "", ""},
+			{10 * time.Second, []string{"control"}, true, "", ""},
+			{-10 * time.Second, []string{"control"}, true, "", ""},
+			{-10 * time.Second, []string{"agent", "control"}, true, "", ""},
+			{6 * time.Minute, []string{"agent"}, false, "exp: expired at", "exp: expired at"},
+			{-5 * time.Minute, []string{"control"}, false, "", "is before"},
+			{-time.Hour, []string{"agent"}, false, "iat: issued at", "check the clocks"},
+			{-time.Hour, []string{"control"}, false, "", "is before"},
+			{-5 * time.Minute, []string{"agent", "control"}, false, "iat: issued at", "is before"},
+		}...)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := harness.Start(t, harness.Options{Documents: map[string]string{"mesh.yaml": harness.Config("1h") + harness.Namespace("shop", "enforce") + fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+kind: WorkloadEntry
+metadata: {name: app, namespace: shop}
+spec: {serviceAccount: app, attest: {uid: %d, path: %q}}
+`, os.Geteuid(), exe)}})
+	socket := workloadapi.WithAddr("unix://" + filepath.Join(m.RunDir, "api", "agent.sock"))
+	running, n := pids(m), 0
+	fetch := func() (*jwtsvid.SVID, error) { // for an audience that no token is held for
+		n++
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		client, err := workloadapi.New(ctx, socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		return client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: fmt.Sprintf("audience-%d", n)})
+	}
+	judge := func(token *jwtsvid.SVID) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		_, err := workloadapi.ValidateJWTSVID(ctx, token.Marshal(), token.Audience[0], socket)
+		return err
+	}
+	for _, c := range cases {
+		t.Run(fmt.Sprintf("%s %s", strings.Join(c.moved, "+"), c.off), func(t *testing.T) {
+			held, err := fetch()
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := len(m.Log())
+			moveClocks(t, m, c.off, c.moved...)
+			defer moveClocks(t, m, 0)
+			switch err := judge(held); {
+			case c.held == "" && err != nil:
+				t.Errorf("the token of before: %v", err)
+			case c.held != "" && (status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), c.held)):
+				t.Errorf("the token of before: %v, want %q", err, c.held)
+			}
+			fresh, err := fetch()
+			switch {
+			case c.fresh && err != nil:
+				t.Errorf("no new token: %v", err)
+			case c.fresh:
+				if err := judge(fresh); err != nil {
+					t.Errorf("the new token: %v", err)
+				}
+			case status.Code(err) != codes.Unavailable:
+				t.Errorf("a token whose time is wrong: %v, %v", fresh, err)
+			}
+			if said := m.Log()[before:]; !strings.Contains(said, c.says) {
+				t.Errorf("the log does not say %q: %s", c.says, said)
+			}
+			moveClocks(t, m, 0)
+			m.Eventually(resumeWithin, "a token with right clocks", func() error {
+				token, err := fetch()
+				if err == nil {
+					err = judge(token)
+				}
+				return err
+			})
+			if err := judge(held); err != nil {
+				t.Errorf("the token of before, with right clocks: %v", err)
+			}
+		})
+	}
+	if now := pids(m); now != running {
+		t.Errorf("a process was started anew: %s, before %s", now, running)
+	}
+}
