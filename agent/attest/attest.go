@@ -14,6 +14,8 @@
 // that names the hash of its file, where the API server has another UID: such
 // pods are strangers.
 //
+// Of /proc, only what the kernel says is believed; see package procfs.
+//
 // Never consulted: the command line, the command name, the environment, and
 // /proc/<pid>/mountinfo, all of which a process can forge.
 package attest

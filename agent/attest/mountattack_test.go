@@ -40,16 +40,16 @@ var forgeries = map[string]func(pid, trusted, dir string) error{
 		return unix.MoveMount(tree, "", unix.AT_FDCWD, "/proc/"+pid+"/exe", unix.MOVE_MOUNT_F_EMPTY_PATH)
 	},
 	"a directory over /proc": func(pid, _, dir string) error {
-		real, false := filepath.Join(dir, "real"), filepath.Join(dir, "false")
-		own, agent := filepath.Join(false, pid), filepath.Join(false, itoa(os.Getpid()))
+		genuine, forged := filepath.Join(dir, "genuine"), filepath.Join(dir, "forged")
+		own, agent := filepath.Join(forged, pid), filepath.Join(forged, itoa(os.Getpid()))
 		stat, err := os.ReadFile("/proc/" + pid + "/stat")
-		err = errors.Join(err, os.Mkdir(real, 0o755), bind("/proc", real),
+		err = errors.Join(err, os.Mkdir(genuine, 0o755), bind("/proc", genuine),
 			os.MkdirAll(own, 0o755), os.MkdirAll(agent+"/fdinfo", 0o755), os.Rename(fake(dir), own+"/cgroup"), os.WriteFile(own+"/stat", stat, 0o600),
-			os.Symlink(filepath.Join(real, pid, "exe"), own+"/exe"))
+			os.Symlink(filepath.Join(genuine, pid, "exe"), own+"/exe"))
 		for fd := range 64 { // one of them is the handle of the process
 			err = errors.Join(err, os.WriteFile(agent+"/fdinfo/"+itoa(fd), []byte("Pid:\t"+pid+"\n"), 0o600))
 		}
-		return errors.Join(err, bind(false, "/proc"))
+		return errors.Join(err, bind(forged, "/proc"))
 	},
 }
 

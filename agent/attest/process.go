@@ -86,8 +86,10 @@ type PeerError struct {
 	Err error
 }
 
+// Error implements error.
 func (e *PeerError) Error() string { return e.Err.Error() }
 
+// Unwrap returns why.
 func (e *PeerError) Unwrap() error { return e.Err }
 
 // open pins the process of cred. pidfd is taken over; -1 means that the
