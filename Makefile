@@ -217,9 +217,14 @@ manifests-check: ## Check that the chart's copies and deploy/manifests are up to
 	@rm -rf .cache/manifests
 
 .PHONY: bench
-bench: root tools build ## Measure the mesh against raw TCP, static Envoy and ztunnel (ZTUNNEL=PATH)
+bench: root tools build ## Measure the mesh against raw TCP, static Envoy and ztunnel (ZTUNNEL=PATH), and issuance
 	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(ZTUNNEL)" $(GO) run ./test/bench $(BENCHFLAGS)
 	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -run='^$$' -bench='BenchmarkSDK|BenchmarkDecide' ./sdk/ ./test/e2e/
+	@$(MAKE) --no-print-directory bench-issuance
+
+.PHONY: bench-issuance
+bench-issuance: ## Measure how fast certificates are issued, and 10,000 of them again
+	@$(GO) run ./test/bench/issuance -out docs/benchmarks.md
 
 .PHONY: interop
 interop: root tools build ## Run calls between this mesh and a ztunnel, ZTUNNEL=PATH

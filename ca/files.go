@@ -202,7 +202,7 @@ func parsePair(place, name string, files map[string][]byte) (*pair, error) {
 	if !ok || !pub.Equal(certs[0].PublicKey) {
 		return nil, fmt.Errorf("%s is not the key of %s; restore the pair that belongs together", keyPath, crtPath)
 	}
-	return &pair{certs[0], key}, nil
+	return &pair{cert: certs[0], key: key}, nil
 }
 
 // parseKey reads one private key: PKCS#8, PKCS#1 or SEC 1, in PEM.

@@ -83,7 +83,7 @@ func selfSigned(td spiffeid.TrustDomain, now time.Time, ttl time.Duration, key c
 	if err != nil {
 		return nil, err
 	}
-	return &pair{cert, key}, nil
+	return &pair{cert: cert, key: key}, nil
 }
 
 // newIntermediate makes an intermediate under root that never outlives it.
@@ -109,7 +109,7 @@ func newIntermediate(td spiffeid.TrustDomain, root *pair, now time.Time, ttl tim
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{cert, key}
+	p := &pair{cert: cert, key: key}
 	return p, checkIntermediate(td, p, root, now)
 }
 

@@ -202,7 +202,7 @@ func (k watchedKey) Sign(r io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 func TestRecordedBeforeSigned(t *testing.T) {
 	a := openTest(t, t.TempDir(), nil)
 	signed := 0
-	a.intermediate = &pair{a.intermediate.cert, watchedKey{a.intermediate.key, func() {
+	a.intermediate = &pair{cert: a.intermediate.cert, key: watchedKey{a.intermediate.key, func() {
 		signed++
 		entries, err := ReadLog(a.dir).Entries(time.Time{})
 		if err != nil || len(entries) != 1 || entries[0].Outcome != OutcomeUnknown {
@@ -234,7 +234,7 @@ func TestRecordedBeforeSigned(t *testing.T) {
 // key is not used. A pipe takes writes and refuses to be synced.
 func TestUnsyncedIsNotSigned(t *testing.T) {
 	a := openTest(t, t.TempDir(), nil)
-	a.intermediate = &pair{a.intermediate.cert, watchedKey{a.intermediate.key, func() { t.Error("signed before the record was durable") }}}
+	a.intermediate = &pair{cert: a.intermediate.cert, key: watchedKey{a.intermediate.key, func() { t.Error("signed before the record was durable") }}}
 	r, pipe, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

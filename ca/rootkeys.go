@@ -119,7 +119,7 @@ func rootPair(place, name string, files map[string][]byte, keys RootKeys) (*pair
 	default:
 		return nil, fmt.Errorf("%s: key kind %T; use ECDSA or RSA, which every peer can verify", crtPath, pub)
 	}
-	return &pair{certs[0], &heldKey{keys, strings.TrimSuffix(string(text), "\n"), certs[0].PublicKey}}, nil
+	return &pair{cert: certs[0], key: &heldKey{keys, strings.TrimSuffix(string(text), "\n"), certs[0].PublicKey}}, nil
 }
 
 // keyFile returns the file that stands for a root's key: its name beyond that of
