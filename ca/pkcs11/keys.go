@@ -42,16 +42,18 @@ func (t *token) Make(name string) (crypto.PublicKey, error) {
 
 func (s *session) make(u URI, kind KeyType) (crypto.PublicKey, error) {
 	mechanism, size := uint(p11.CKM_EC_KEY_PAIR_GEN), []*p11.Attribute{p11.NewAttribute(p11.CKA_EC_PARAMS, oidP256)}
+	var only []*p11.Attribute // an RSA key can do more than sign, if it may
 	if bits := kind.bits(); bits > 0 {
 		mechanism, size = p11.CKM_RSA_PKCS_KEY_PAIR_GEN, []*p11.Attribute{
 			p11.NewAttribute(p11.CKA_MODULUS_BITS, bits), p11.NewAttribute(p11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
 		}
+		only = []*p11.Attribute{p11.NewAttribute(p11.CKA_DECRYPT, false), p11.NewAttribute(p11.CKA_UNWRAP, false)}
 	}
 	both := []*p11.Attribute{
 		p11.NewAttribute(p11.CKA_TOKEN, true), p11.NewAttribute(p11.CKA_ID, u.ID), p11.NewAttribute(p11.CKA_LABEL, u.Object),
 	}
 	public := append(append(slices.Clone(both), p11.NewAttribute(p11.CKA_VERIFY, true)), size...)
-	private := append(slices.Clone(both),
+	private := append(slices.Concat(both, only),
 		p11.NewAttribute(p11.CKA_PRIVATE, true), p11.NewAttribute(p11.CKA_SIGN, true),
 		p11.NewAttribute(p11.CKA_SENSITIVE, true), p11.NewAttribute(p11.CKA_EXTRACTABLE, false))
 	pub, priv, err := s.GenerateKeyPair(s.handle, []*p11.Mechanism{p11.NewMechanism(mechanism, nil)}, public, private)

@@ -173,6 +173,9 @@ func TestKeysInToken(t *testing.T) {
 			if strings.Count(seen, "Private Key Object") != 2 || strings.Count(seen, "sensitive, always sensitive, never extractable") != 2 {
 				t.Errorf("the token holds:\n%s", seen)
 			}
+			if kind != P256 && strings.Count(seen, "Usage:      sign\n") != 2 {
+				t.Errorf("the keys are for more than signatures:\n%s", seen)
+			}
 			if err := k.Destroy(names[0]); err != nil {
 				t.Fatal(err)
 			}
@@ -381,23 +384,23 @@ func TestTokenHangsAndIsLost(t *testing.T) {
 			t.Errorf("20 certificates took %s", took)
 		}
 	}
-	issue(5 * time.Second)
+	issue(10 * time.Second)
 
 	now = now.Add(5 * time.Hour) // the intermediate is due
 	r.signal(syscall.SIGSTOP)
-	issue(5 * time.Second)
+	issue(10 * time.Second)
 	began := time.Now()
 	wantError(t, a.PrepareRoot(), "does not answer")
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("that took %s", took)
 	}
-	issue(time.Second)
+	issue(10 * time.Second)
 	r.signal(syscall.SIGCONT)
 	eventually(t, func() error { return a.PrepareRoot() })
 
 	r.signal(syscall.SIGKILL)
 	now = now.Add(time.Hour)
-	issue(5 * time.Second)
+	issue(10 * time.Second)
 	if err := a.SwitchRoot(); err == nil {
 		t.Fatal("the next root signs without a token")
 	}
@@ -406,10 +409,10 @@ func TestTokenHangsAndIsLost(t *testing.T) {
 	if a, err = ca.Open(options); err != nil {
 		t.Fatal(err)
 	}
-	issue(5 * time.Second)
+	issue(10 * time.Second)
 	r.start()
 	eventually(t, func() error { return a.SwitchRoot() })
-	issue(5 * time.Second)
+	issue(10 * time.Second)
 	if seen := objects(t); strings.Count(seen, "Private Key Object") != 1 {
 		t.Errorf("the token holds:\n%s", seen)
 	}

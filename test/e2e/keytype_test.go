@@ -24,8 +24,8 @@ func TestKeyTypes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config := func(kind string) string {
-		return strings.Replace(harness.Config("8s"), "svidTTL:", "svidKeyType: "+kind+", svidTTL:", 1) + harness.Namespace("shop", "enforce") +
+	config := func(kind, ttl string) string {
+		return strings.Replace(harness.Config(ttl), "svidTTL:", "svidKeyType: "+kind+", svidTTL:", 1) + harness.Namespace("shop", "enforce") +
 			harness.Workload("shop", "red", "10.88.0.10") + harness.Workload("shop", "blue", "10.88.0.11") +
 			harness.Workload("shop", "server", "10.88.0.12") +
 			harness.Allow("shop", "allow", "server", []int{8080}, "red", "blue") +
@@ -38,10 +38,11 @@ spec: {serviceAccount: server, attest: {uid: %d, path: %q}}
 	}
 	m := harness.Start(t, harness.Options{
 		Pods:      map[string]string{"red": "10.88.0.10", "blue": "10.88.0.11", "server": "10.88.0.12"},
-		Documents: map[string]string{"mesh.yaml": config("ec-p256")},
+		Documents: map[string]string{"mesh.yaml": config("ec-p256", "8s")},
 	})
 	serve(t, m.Pod("server"), ":8080", echo)
-	loaded, enough := context.WithTimeout(t.Context(), 2*time.Minute)
+	long := os.Getenv("SIGNET_TEST_LONG") != ""
+	loaded, enough := context.WithTimeout(t.Context(), map[bool]time.Duration{false: 2 * time.Minute, true: 10 * time.Minute}[long])
 	defer enough()
 	done := make(chan struct{})
 	go func() { defer close(done); underLoad(loaded, t, m) }()
@@ -50,9 +51,9 @@ spec: {serviceAccount: server, attest: {uid: %d, path: %q}}
 	// The identity is the captured server's: what the process here is given is
 	// what its proxy shows.
 	socket := workloadapi.WithAddr("unix://" + filepath.Join(m.RunDir, "api", "agent.sock"))
-	for _, kind := range []string{"rsa-2048", "ec-p384", "ec-p256"} {
-		m.Edit("mesh.yaml", config(kind))
-		m.Eventually(20*time.Second, "a key of "+kind, func() error {
+	takes := func(kind string, within time.Duration) {
+		t.Helper()
+		m.Eventually(within, "a key of "+kind, func() error {
 			s, err := workloadapi.FetchX509SVID(t.Context(), socket)
 			if err != nil {
 				return err
@@ -70,6 +71,36 @@ spec: {serviceAccount: server, attest: {uid: %d, path: %q}}
 			return nil
 		})
 		time.Sleep(time.Second) // of load
+	}
+	for _, kind := range []string{"rsa-2048", "ec-p384", "ec-p256"} {
+		m.Edit("mesh.yaml", config(kind, "8s"))
+		takes(kind, 20*time.Second)
+	}
+	if long {
+		// Such a key takes seconds to make, so certificates have to live longer. A
+		// shorter life than theirs has them all renewed at once.
+		m.Edit("mesh.yaml", config("ec-p256", "20m"))
+		lives := func(atLeast, atMost time.Duration) func() error {
+			return func() error {
+				certs, err := m.Client.Certificates(t.Context())
+				if err != nil {
+					return err
+				}
+				for _, c := range certs {
+					if left := time.Until(c.NotAfter); strings.Contains(c.ID, "/ns/") && (left < atLeast || left > atMost) {
+						return fmt.Errorf("%s lives for %s", c.ID, left)
+					}
+				}
+				return nil
+			}
+		}
+		m.Eventually(time.Minute, "certificates of 20 minutes", lives(15*time.Minute, 20*time.Minute))
+		began := time.Now()
+		m.Edit("mesh.yaml", config("rsa-4096", "10m"))
+		takes("rsa-4096", 3*time.Minute)
+		m.Eventually(3*time.Minute, "all certificates to be renewed", lives(5*time.Minute, 10*time.Minute))
+		t.Logf("all had keys of rsa-4096 after %s", time.Since(began).Round(100*time.Millisecond))
+		time.Sleep(5 * time.Second) // of load
 	}
 	enough()
 	<-done
