@@ -40,7 +40,11 @@ require (
 	sigs.k8s.io/yaml v1.6.0
 )
 
-require github.com/coreos/go-oidc/v3 v3.21.0
+require (
+	github.com/container-storage-interface/spec v1.13.0
+	github.com/coreos/go-oidc/v3 v3.21.0
+	k8s.io/kubelet v0.37.2
+)
 
 require github.com/miekg/pkcs11 v1.1.2
 

@@ -177,6 +177,10 @@ func (a *agent) metrics() *prometheus.Registry {
 	gauge("signet_agent_proxy_connected", "1 while the proxy's stream is open.", func() float64 { c, _, _ := a.relay.Proxy(); return truth(c) })
 	gauge("signet_audit_records", "Records in the audit store.", func() float64 { return float64(a.store.Stats().Records) })
 	gauge("signet_audit_lost", "Records known to be missing.", func() float64 { return float64(a.store.Stats().Gaps) })
+	if a.volumes != nil {
+		gauge("signet_agent_volumes", "Volumes of csi.signet.dev that pods have mounted.", func() float64 { all, _ := a.volumes.Count(); return float64(all) })
+		gauge("signet_agent_volumes_without_certificate", "Those of them whose certificate has expired without another.", func() float64 { _, empty := a.volumes.Count(); return float64(empty) })
+	}
 	gauge("signet_workloads_not_captured", "Workloads that ask for capture and are not captured.", func() float64 {
 		n := 0
 		for _, w := range a.status().Workloads {

@@ -22,6 +22,7 @@ import (
 	"github.com/signet-mesh/signet/agent/attest"
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/agent/csi"
 	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/agent/relay"
 	"github.com/signet-mesh/signet/agent/sdkapi"
@@ -66,6 +67,9 @@ type PodConfig struct {
 	// Roots reads the roots that the control plane has published to the cluster,
 	// in PEM; nil: nobody does.
 	Roots func(ctx context.Context) ([]byte, error)
+	// Kubelet is kubelet's directory, for pods that mount their certificates;
+	// empty: no pod can.
+	Kubelet string
 	// Admin is the TCP address for the control plane's questions, Health that
 	// for kubelet's and for metrics. Empty: not served.
 	Admin, Health string
@@ -99,8 +103,9 @@ type agent struct {
 	live       *live
 	plain      *plaintext
 	rules      capturing
-	pods       *pods   // nil outside a cluster
-	probes     *probes // nil outside a cluster
+	pods       *pods       // nil outside a cluster
+	probes     *probes     // nil outside a cluster
+	volumes    *csi.Driver // nil: none are served
 	client     nodev1.NodeClient
 	workloads  *workloadapi.Server
 	roots      roots     // only reports uses it
@@ -162,6 +167,9 @@ func Run(ctx context.Context, cfg Config) error {
 	a.attestor = attest.New()
 	a.svids = svid.New(svid.Config{Issuer: issuer{a}, JWTIssuer: issuer{a}, Dir: filepath.Join(cfg.StateDir, "svids"), Log: cfg.Log})
 	a.relay = relay.New(relay.Config{Cache: filepath.Join(cfg.StateDir, "xds.pb"), Keys: a.svids, Draining: func(id string) bool { return instance.Draining(cfg.RunDir, id) }, Log: cfg.Log})
+	if cfg.Pods != nil && cfg.Pods.Kubelet != "" {
+		a.volumes = csi.New(volumeConfig(cfg), volumeAgent{a}, a.svids)
+	}
 	a.loadState()
 	return a.serve(ctx)
 }

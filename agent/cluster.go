@@ -25,6 +25,9 @@ func (a *agent) servePods(ctx context.Context, g *errgroup.Group) error {
 		Socket: CNISocket(a.cfg.RunDir), OwnNamespace: a.cfg.Pods.Namespace, Log: a.log,
 	}, a)
 	g.Go(func() error { return gate.Run(ctx) })
+	if a.volumes != nil {
+		g.Go(func() error { a.serveVolumes(ctx); return nil })
+	}
 
 	if address := a.cfg.Pods.Admin; address != "" {
 		l, err := net.Listen("tcp", address)

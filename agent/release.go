@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/agent/csi"
 	"github.com/signet-mesh/signet/agent/netns"
 	"github.com/signet-mesh/signet/agent/probe"
 	"github.com/signet-mesh/signet/internal/proxy/instance"
@@ -35,6 +36,9 @@ func ReleaseNode(cfg Config) error {
 		errs = append(errs, store.Unpin(pin.UID))
 	}
 	errs = append(errs, new(probe.Node).Remove())
+	if cfg.Pods != nil && cfg.Pods.Kubelet != "" {
+		errs = append(errs, csi.Remove(volumeConfig(cfg)))
+	}
 	cfg.Log.Info("pods released", "count", len(pins))
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -64,7 +68,11 @@ func removeEmpty(cfg Config) {
 			break
 		}
 	}
-	for _, dir := range []string{instance.Root(cfg.RunDir), cfg.RunDir, cfg.StateDir, filepath.Dir(cfg.StateDir)} {
+	dirs := []string{instance.Root(cfg.RunDir), cfg.RunDir, cfg.StateDir, filepath.Dir(cfg.StateDir)}
+	if cfg.Pods != nil && cfg.Pods.Kubelet != "" {
+		dirs = append(dirs, filepath.Join(cfg.Pods.Kubelet, "plugins", csi.Name))
+	}
+	for _, dir := range dirs {
 		err := unix.Rmdir(filepath.Join("/proc/1/root", dir))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			cfg.Log.Info("a directory stays on the node", "dir", dir, "error", err)

@@ -18,6 +18,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
@@ -48,6 +49,7 @@ type release struct {
 	configs     []v1alpha1.MeshConfig
 	budgets     []policyv1.PodDisruptionBudget
 	networks    []networkingv1.NetworkPolicy
+	drivers     []storagev1.CSIDriver
 }
 
 // render renders the chart. Fields that Kubernetes does not know are errors.
@@ -91,6 +93,8 @@ func render(t *testing.T, set ...string) release {
 			r.budgets = parse(t, doc, r.budgets)
 		case "NetworkPolicy":
 			r.networks = parse(t, doc, r.networks)
+		case "CSIDriver":
+			r.drivers = parse(t, doc, r.drivers)
 		case "RoleBinding", "ClusterRoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding":
 		default:
 			t.Errorf("the chart makes a %s, which no test looks at", kind.Kind)
@@ -142,8 +146,9 @@ func TestPrivileges(t *testing.T) {
 	}
 	wantPaths := map[string][]string{
 		"signet-control": nil,
-		"signet-agent":   {"/etc/cni/net.d", "/opt/cni/bin", "/run/netns", "/run/signet", "/sys/fs/cgroup", "/var/lib/signet"},
-		"signet-proxy":   {"/run/signet", "/var/lib/signet/agent"},
+		"signet-agent": {"/etc/cni/net.d", "/opt/cni/bin", "/run/netns", "/run/signet", "/sys/fs/cgroup",
+			"/var/lib/kubelet/plugins/csi.signet.dev", "/var/lib/kubelet/plugins_registry", "/var/lib/kubelet/pods", "/var/lib/signet"},
+		"signet-proxy": {"/run/signet", "/var/lib/signet/agent"},
 	}
 	for variant, set := range variants {
 		t.Run(variant, func(t *testing.T) {
@@ -428,6 +433,33 @@ func TestWhatOthersRelyOn(t *testing.T) {
 	}
 }
 
+// Defends pods from somebody else's certificate: the driver goes by what kubelet says
+// of a pod, and nothing of it is there when it is switched off.
+func TestVolumes(t *testing.T) {
+	r := render(t, "csi.kubeletDir=/opt/kubelet")
+	if len(r.drivers) != 1 || r.drivers[0].Name != "csi.signet.dev" {
+		t.Fatalf("drivers: %+v", r.drivers)
+	}
+	s := r.drivers[0].Spec
+	if s.PodInfoOnMount == nil || !*s.PodInfoOnMount || s.AttachRequired == nil || *s.AttachRequired ||
+		!slices.Equal(s.VolumeLifecycleModes, []storagev1.VolumeLifecycleMode{storagev1.VolumeLifecycleEphemeral}) {
+		t.Errorf("the driver: %+v", s)
+	}
+	agent := r.pods()["signet-agent"].Containers[0]
+	if !slices.Contains(agent.Args, "--kubelet-dir=/opt/kubelet") {
+		t.Errorf("the agent is called with %q", agent.Args)
+	}
+	i := slices.IndexFunc(agent.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/opt/kubelet/pods" })
+	if i < 0 || *agent.VolumeMounts[i].MountPropagation != corev1.MountPropagationBidirectional {
+		t.Errorf("what the agent mounts for pods does not reach them: %+v", agent.VolumeMounts)
+	}
+	off := render(t, "csi.enabled=false")
+	agent = off.pods()["signet-agent"].Containers[0]
+	if len(off.drivers) > 0 || strings.Contains(fmt.Sprint(off.pods(), agent.Args), "kubelet") {
+		t.Errorf("switched off there is %+v, %+v", off.drivers, agent)
+	}
+}
+
 func projected(pod corev1.PodSpec) *corev1.ServiceAccountTokenProjection {
 	for _, v := range pod.Volumes {
 		if v.Projected != nil {
@@ -453,6 +485,8 @@ func TestSchemaRefuses(t *testing.T) {
 		{"control.digest=sha256:abc", "digest"},
 		{"cni.binDir=opt/cni/bin", "binDir"},
 		{"cni.confDir=/etc/../root", "confDir"},
+		{"csi.kubeletDir=kubelet", "kubeletDir"},
+		{"csi.enabled=yes", "enabled"},
 		{"proxy.drainSeconds=-1", "drainSeconds"},
 		{"proxy.drainSeconds=1h", "drainSeconds"},
 		{"agent.resources.limits.memory=null", "memory"},

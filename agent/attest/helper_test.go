@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -65,6 +66,17 @@ func helper(mode string) error {
 		return attestWrapped()
 	case "receive":
 		return receiveDescriptor(next)
+	case "child": // says when it is signalled
+		c := make(chan os.Signal, 8)
+		signal.Notify(c, syscall.SIGHUP)
+		fmt.Println("child ready")
+		go func() {
+			for range c {
+				fmt.Println("the child was signalled")
+			}
+		}()
+		next()
+		return nil
 	}
 	// Without the runtime's poller, so that the descriptor survives an exec.
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
@@ -74,8 +86,46 @@ func helper(mode string) error {
 	if err := syscall.Connect(fd, &syscall.SockaddrUnix{Name: os.Getenv(socketEnv)}); err != nil {
 		return err
 	}
+	hups := make(chan os.Signal, 8)
+	signal.Notify(hups, syscall.SIGHUP)
 	fmt.Println("ready")
 	switch mode {
+	case "signalled": // says when it is, and to the end how often it was
+		n := 0
+		ended := make(chan struct{})
+		go func() {
+			next()
+			close(ended)
+		}()
+		for {
+			select {
+			case <-hups:
+				n++
+				fmt.Println("signal")
+			case <-ended:
+				fmt.Println("signals:", n)
+				return nil
+			}
+		}
+	case "family": // has a child that runs the same program
+		if next() {
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			c := exec.Command(self)
+			c.Env = append(os.Environ(), helperEnv+"=child")
+			c.Stdin, c.Stdout = os.Stdin, os.Stdout
+			if err := c.Start(); err != nil {
+				return err
+			}
+			go func() {
+				for range hups {
+					fmt.Println("the parent was signalled")
+				}
+			}()
+			return c.Wait()
+		}
 	case "connect":
 	case "exec": // becomes another program, with the connection open
 		if next() {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/agent"
+	"github.com/signet-mesh/signet/agent/csi"
 	"github.com/signet-mesh/signet/internal/incluster"
 )
 
@@ -50,6 +51,7 @@ func run(ctx context.Context, args []string) error {
 	f.BoolVar(&cfg.NoAudit, "no-audit", false, "keep no audit; for measuring only")
 	kubernetes := f.Bool("kubernetes", false, "be the agent of a Kubernetes node")
 	f.StringVar(&pods.Namespace, "namespace", envOr("POD_NAMESPACE", "signet-system"), "of the release, whose pods are never held back ($POD_NAMESPACE)")
+	f.StringVar(&pods.Kubelet, "kubelet-dir", "", "in a cluster: kubelet's directory, to serve volumes of "+csi.Name+"; empty: none are served")
 	f.StringVar(&pods.Admin, "admin-listen", ":9445", "in a cluster: where the control plane asks")
 	f.StringVar(&pods.Health, "health", ":9446", "in a cluster: serves /healthz, /readyz and /metrics")
 	configMap := f.String("bundle-configmap", "", "in a cluster: ConfigMap of the release with the roots, in place of --bundle")

@@ -43,7 +43,12 @@ type Files struct {
 	Certificate, Key, Bundle string
 	// KeyMode is the mode of the key's file. The others are 0644.
 	KeyMode fs.FileMode
+	// KeyOwner is whose the key's file is; nil: the writer's.
+	KeyOwner *Owner
 }
+
+// Owner is a user and a group, by number.
+type Owner struct{ UID, GID uint32 }
 
 func (f *Files) names() []string { return []string{f.Certificate, f.Key, f.Bundle} }
 
@@ -133,6 +138,11 @@ func (f *Files) fill(dir string, content map[string][]byte) error {
 		mode := fs.FileMode(0o644)
 		if name == f.Key {
 			mode = f.KeyMode
+			if o := f.KeyOwner; o != nil {
+				if err := os.Chown(path, int(o.UID), int(o.GID)); err != nil {
+					return err
+				}
+			}
 		}
 		if err := os.Chmod(path, mode); err != nil {
 			return err

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,6 +23,26 @@ import (
 )
 
 var id = spiffeid.RequireFromString("spiffe://mesh.test/ns/shop/sa/web")
+
+// The key's file is its owner's, and nobody else's; the other files are public.
+func TestKeyOwner(t *testing.T) {
+	f := files(filepath.Join(t.TempDir(), "tls"))
+	f.KeyMode, f.KeyOwner = 0o440, &Owner{UID: 33, GID: 4242}
+	svid, bundle := newSVID(t, 1)
+	if _, err := f.Write(svid, bundle); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string][3]uint32{"tls.key": {33, 4242, 0o440}, "tls.crt": {0, 0, 0o644}, "ca.crt": {0, 0, 0o644}} {
+		info, err := os.Stat(filepath.Join(f.Dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		st := info.Sys().(*syscall.Stat_t)
+		if got := [3]uint32{st.Uid, st.Gid, uint32(info.Mode().Perm())}; got != want {
+			t.Errorf("%s: owner, group and mode %o, want %o", name, got, want)
+		}
+	}
+}
 
 // newSVID makes a certificate, which is its own root too.
 func newSVID(t *testing.T, serial int64) (*x509svid.SVID, *x509bundle.Bundle) {

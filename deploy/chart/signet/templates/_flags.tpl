@@ -1,6 +1,6 @@
 {{/*
 What the programs are called with, all in one place. Nothing here depends on
-values but the trust domain, the drain and the CNI folders.
+values but the trust domain, the drain, and the folders of CNI and kubelet.
 */}}
 {{- define "signet.flags.control" -}}
 - --kubernetes
@@ -21,6 +21,9 @@ values but the trust domain, the drain and the CNI folders.
 - --state-dir=/var/lib/signet/agent
 - --run-dir=/run/signet
 - --health=:9446
+{{- if .Values.csi.enabled }}
+- --kubelet-dir={{ .Values.csi.kubeletDir }}
+{{- end }}
 {{- end -}}
 
 {{- define "signet.flags.cni" -}}

@@ -31,3 +31,6 @@ app.kubernetes.io/version: {{ .root.Values.image.tag | default .root.Chart.AppVe
 - name: POD_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
 {{- end -}}
+
+{{/* The driver of volumes, by the name that pods write. */}}
+{{- define "signet.csiDriver" -}}csi.signet.dev{{- end -}}
