@@ -14,7 +14,7 @@ func (b *bench) inventory() map[string]string {
 	b.Helper()
 	const look = `
 for dir in /run/signet /var/lib/signet; do [ ! -e $dir ] || find $dir; done
-ls /opt/cni/bin /etc/cni/net.d
+ls /opt/cni/bin /etc/cni/net.d /var/lib/kubelet/plugins /var/lib/kubelet/plugins_registry
 for file in /etc/cni/net.d/*; do sha256sum "$file"; done
 grep signet /proc/self/mountinfo || true
 nft list tables | grep signet || true
@@ -63,7 +63,7 @@ func TestDeleteRelease(t *testing.T) {
 			t.Errorf("%s has\n%s\nand had before\n%s", node, now, before[node])
 		}
 	}
-	for line := range strings.Lines(b.kubectl("get", "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings,namespaces", "-o", "name")) {
+	for line := range strings.Lines(b.kubectl("get", "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings,namespaces,csidrivers", "-o", "name")) {
 		if strings.Contains(line, "signet") {
 			t.Errorf("the API server still has %s", line)
 		}

@@ -5,6 +5,7 @@
 //	testpod dial ADDR [--timeout D]
 //	testpod load ADDR [--rate N] [--conns N] [--echo ADDR] [--want PREFIX] [--idle D]
 //	             [--mark TEXT] [--every D]
+//	testpod tls ADDR --id SPIFFE-ID [--every D]
 //	testpod hold
 //
 // Everything it prints is lines of JSON. SIGTERM and SIGINT end it.
@@ -80,7 +81,7 @@ func valueOf(args []string, name, otherwise string) string {
 
 func run(ctx context.Context, args []string, early done) error {
 	if len(args) == 0 {
-		return errors.New("say what to do: serve, dial, load or hold")
+		return errors.New("say what to do: serve, dial, load, tls or hold")
 	}
 	switch args[0] {
 	case "serve":
@@ -89,11 +90,13 @@ func run(ctx context.Context, args []string, early done) error {
 		return dial(args[1:], early)
 	case "load":
 		return load(ctx, args[1:])
+	case "tls":
+		return callTLS(ctx, args[1:])
 	case "hold":
 		<-ctx.Done()
 		return nil
 	}
-	return fmt.Errorf("%q is none of serve, dial, load and hold", args[0])
+	return fmt.Errorf("%q is none of serve, dial, load, tls and hold", args[0])
 }
 
 // parse reads flags that stand before, between and after other arguments, and
