@@ -387,6 +387,11 @@ func TestLinks(t *testing.T) {
 			t.Errorf("%s is a link: published", part)
 		}
 		n.nothing(part + " is a link")
+		// Nor when the link came after what was there had been looked at.
+		if to, err := parseTarget(n.driver.pods(), at); err != nil || to.attach(filepath.Join(n.run, "api")) == nil {
+			t.Errorf("%s is a link: attached (%v)", part, err)
+		}
+		n.nothing(part + " is a link")
 		// Something of somebody else's is mounted where the link leads.
 		victim := strings.Replace(at, from, to, 1)
 		if err := unix.Mount("tmpfs", victim, "tmpfs", 0, ""); err != nil {
