@@ -215,6 +215,17 @@ func TestSocket(t *testing.T) {
 	n.start()
 	w := n.pod(uidA, "web-1", "web") // without a certificate
 	req := n.request(w, map[string]string{attrContent: contentSocket})
+	api := filepath.Join(n.run, "api")
+	if err := os.Rename(api, api+"-away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.publish(req); err == nil {
+		t.Error("published without a socket")
+	}
+	n.nothing("no socket")
+	if err := os.Rename(api+"-away", api); err != nil {
+		t.Fatal(err)
+	}
 	if err := n.publish(req); err != nil {
 		t.Fatal(err)
 	}
