@@ -54,7 +54,7 @@ kube-tools: ## Build the programs of a Kubernetes cluster into .tools/ (ten minu
 	@test/tools/kubernetes.sh
 
 .PHONY: clients
-clients: deps-debian ## Build the programs of test/clients into .tools/ (three minutes, once)
+clients: deps-debian ## Build the programs of test/clients and examples/spiffe into .tools/ (three minutes, once)
 	@test/tools/clients.sh
 
 .PHONY: deps-debian

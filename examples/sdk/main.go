@@ -3,6 +3,8 @@
 //
 //	sdk serve :8443                                               says hello to whom the policies let in
 //	sdk call 10.0.0.7:8443 spiffe://mesh.example/ns/pay/sa/ledger  prints what it says
+//
+// serve-http and call-http do the same by HTTP, serve-grpc and call-grpc by gRPC.
 package main
 
 import (
@@ -29,21 +31,36 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	switch {
-	case len(args) == 2 && args[0] == "serve":
-		return serve(ctx, args[1])
-	case len(args) == 3 && args[0] == "call":
-		return call(ctx, args[1], args[2])
+	servers := map[string]func(context.Context, *sdk.Mesh, string) error{
+		"serve": serve, "serve-http": serveHTTP, "serve-grpc": serveGRPC,
 	}
-	return fmt.Errorf("usage: sdk serve ADDRESS | sdk call ADDRESS SPIFFE-ID")
+	clients := map[string]func(context.Context, *sdk.Mesh, string, spiffeid.ID) error{
+		"call": call, "call-http": callHTTP, "call-grpc": callGRPC,
+	}
+	switch {
+	case len(args) == 2 && servers[args[0]] != nil:
+		m, err := sdk.Open(ctx)
+		if err != nil {
+			return err
+		}
+		defer m.Close()
+		return servers[args[0]](ctx, m, args[1])
+	case len(args) == 3 && clients[args[0]] != nil:
+		server, err := spiffeid.FromString(args[2])
+		if err != nil {
+			return err
+		}
+		m, err := sdk.Open(ctx)
+		if err != nil {
+			return err
+		}
+		defer m.Close()
+		return clients[args[0]](ctx, m, args[1], server)
+	}
+	return fmt.Errorf("usage: sdk serve[-http|-grpc] ADDRESS | sdk call[-http|-grpc] ADDRESS SPIFFE-ID")
 }
 
-func serve(ctx context.Context, address string) error {
-	m, err := sdk.Open(ctx)
-	if err != nil {
-		return err
-	}
-	defer m.Close()
+func serve(ctx context.Context, m *sdk.Mesh, address string) error {
 	l, err := m.Listen("tcp", address)
 	if err != nil {
 		return err
@@ -68,16 +85,7 @@ func greet(c net.Conn) {
 	fmt.Fprintln(c, "hello", c.(*sdk.Conn).PeerID())
 }
 
-func call(ctx context.Context, address, expected string) error {
-	server, err := spiffeid.FromString(expected)
-	if err != nil {
-		return err
-	}
-	m, err := sdk.Open(ctx)
-	if err != nil {
-		return err
-	}
-	defer m.Close()
+func call(ctx context.Context, m *sdk.Mesh, address string, server spiffeid.ID) error {
 	c, err := m.Dial(ctx, "tcp", address, server)
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -56,50 +57,59 @@ spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
 		c.Stderr = &bytes.Buffer{}
 		return c
 	}
-	server := command("ledger", "serve", "127.0.0.1:0")
-	out, err := server.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatalf("%v: %s", err, server.Stderr)
-	}
-	id, address, _ := strings.Cut(strings.TrimSpace(line), " listens on ")
-	if id != sa("ledger") {
-		t.Fatalf("the server says %q", line)
-	}
-	_, text, err := net.SplitHostPort(address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	port, err := strconv.Atoi(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.Edit("mesh.yaml", documents+harness.Allow("shop", "billing-to-ledger", "ledger", []int{port}, "billing"))
-	call := func(as string) (string, error) {
-		c := command(as, "call", address, id)
-		got, err := c.Output()
-		return string(got) + fmt.Sprint(c.Stderr), err
-	}
-	m.Eventually(10*time.Second, "the policy to be in force", func() error {
-		got, err := call("billing")
-		if err == nil && got != "hello "+sa("billing")+"\n" {
-			err = fmt.Errorf("the client prints %q", got)
-		}
-		return err
-	})
-	if got, err := call("other"); err == nil || !strings.Contains(got, "refused by the destination") {
-		t.Errorf("whom no policy names: %q, %v", got, err)
-	}
-	if err := server.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	if err := server.Wait(); err != nil {
-		t.Errorf("the server ended with %v: %s", err, server.Stderr)
+	for kind, want := range map[string]string{"": "hello " + sa("billing") + "\n", "-http": "hello " + sa("billing") + "\n", "-grpc": "SERVING\n"} {
+		t.Run("serve"+kind, func(t *testing.T) {
+			server := command("ledger", "serve"+kind, "127.0.0.1:0")
+			out, err := server.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := server.Start(); err != nil {
+				t.Fatal(err)
+			}
+			lines := bufio.NewReader(out)
+			line, err := lines.ReadString('\n')
+			if err != nil {
+				t.Fatalf("%v: %s", err, server.Stderr)
+			}
+			id, address, _ := strings.Cut(strings.TrimSpace(line), " listens on ")
+			if id != sa("ledger") {
+				t.Fatalf("the server says %q", line)
+			}
+			_, text, err := net.SplitHostPort(address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			port, err := strconv.Atoi(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.Edit("mesh.yaml", documents+harness.Allow("shop", "billing-to-ledger", "ledger", []int{port}, "billing"))
+			call := func(as string) (string, error) {
+				c := command(as, "call"+kind, address, id)
+				got, err := c.Output()
+				return string(got) + fmt.Sprint(c.Stderr), err
+			}
+			m.Eventually(10*time.Second, "the policy to be in force", func() error {
+				got, err := call("billing")
+				if err == nil && got != want {
+					err = fmt.Errorf("the client prints %q", got)
+				}
+				return err
+			})
+			if got, err := call("other"); err == nil || !strings.Contains(got, "refused by the destination") {
+				t.Errorf("whom no policy names: %q, %v", got, err)
+			}
+			if err := server.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			more, err := io.ReadAll(lines)
+			if err != nil || kind == "-grpc" && string(more) != "hello "+sa("billing")+"\n" {
+				t.Errorf("the server says %q, %v", more, err)
+			}
+			if err := server.Wait(); err != nil {
+				t.Errorf("the server ended with %v: %s", err, server.Stderr)
+			}
+		})
 	}
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Puts the programs of test/clients that are not in Go at .tools/clients below
-# the working directory: each on its language's SPIFFE library, from that
-# language's registry, at the version that its folder pins. What is there
+# Puts the programs of test/clients and of examples/spiffe that are not in Go at
+# .tools/clients below the working directory: each on its language's SPIFFE library,
+# from that language's registry, at the version that its folder pins. What is there
 # already, from the same sources, stays. The first run takes three minutes on
 # two cores.
 set -euo pipefail
 
 umask 022 # other users run what is made here
 sources=test/clients
+examples=examples/spiffe
 dir=$PWD/.tools/clients
 mkdir -p "$dir"
 
@@ -32,7 +33,7 @@ oldest() {
 }
 
 # wanted LANGUAGE TOOL: what has to be the same for the last build to be good.
-wanted() { { echo "$2"; sha256sum "$0"; find "$sources/$1" -type f -print0 | sort -z | xargs -0 sha256sum; } | sha256sum; }
+wanted() { { echo "$2"; sha256sum "$0"; find "$sources/$1" "$examples/$1" -type f -not -path '*/target/*' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum; }
 
 # progress WHAT: a line every 20 seconds until it is killed.
 progress() {
@@ -72,14 +73,19 @@ install_python() {
 
 install_rust() {
   cargo build --quiet --locked --manifest-path "$sources/rust/Cargo.toml" --target-dir "$dir/rust/target"
+  # The example has its libraries built the same way, and most of them once.
+  cargo build --quiet --locked --manifest-path "$examples/rust/Cargo.toml" --target-dir "$dir/rust/target"
   # Not a link: the path of a program attests it.
   install -m 0755 "$dir/rust/target/debug/signet-test-client" "$dir/rust/client"
+  install -m 0755 "$dir/rust/target/debug/signet-spiffe-example" "$dir/rust/example"
   rm -rf "$dir/rust/target" # half a gigabyte, and the sources change seldom
 }
 
 install_java() {
-  mvn --quiet --batch-mode --no-transfer-progress -f "$sources/java/pom.xml" "-Dout=$dir/java" package 2>&1 |
-    sed 's/\x1b\[[0-9;]*m//g'
+  {
+    mvn --quiet --batch-mode --no-transfer-progress -f "$sources/java/pom.xml" "-Dout=$dir/java" package
+    mvn --quiet --batch-mode --no-transfer-progress -f "$examples/java/pom.xml" "-Dout=$dir/java/example" package
+  } 2>&1 | sed 's/\x1b\[[0-9;]*m//g'
 }
 
 # first PROGRAM ARGS...: the first version number in what a program says.
