@@ -11,6 +11,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/signet-mesh/signet/ca/caserver"
 )
 
 // rejoinEvery is how often a node that is cut off looks for the newest roots.
@@ -28,8 +30,16 @@ func cutOff(err error) bool {
 	return false
 }
 
-// rejoin is for a node of a cluster that was away while the root was replaced and
-// was not waited for. It takes up the roots that the control plane has published
+// revokedNode reports whether the control plane refuses this node's certificate
+// because it is revoked.
+func revokedNode(err error) bool {
+	s := status.Convert(err)
+	return s.Code() == codes.Unauthenticated && strings.Contains(s.Message(), caserver.NodeRevoked)
+}
+
+// rejoin is for a node of a cluster whose certificate was revoked, which joins
+// again, and for one that was away while the root was replaced and was not waited
+// for. It takes up the roots that the control plane has published
 // to the cluster, which a node trusts when it joins for the first time, and joins
 // again if its certificate is below none of them. Only watch calls it.
 func (a *agent) rejoin(ctx context.Context, cause error) {
@@ -37,6 +47,14 @@ func (a *agent) rejoin(ctx context.Context, cause error) {
 		return
 	}
 	a.rejoined = time.Now()
+	if revokedNode(cause) {
+		a.log.Warn("this node's certificate is revoked; it joins again, with the next token that it gets", "cause", cause)
+		a.node.forget()
+		if a.node.join(ctx) {
+			a.node.reconnect() // the control plane knows this node by the certificate that a connection began with
+		}
+		return
+	}
 	text, err := a.cfg.Pods.Roots(ctx)
 	if err != nil {
 		a.log.Error("this node and the control plane do not trust each other, and the published roots cannot be read", "error", err)
@@ -87,11 +105,16 @@ func (n *nodeIdentity) stale() bool {
 	if _, ok := rootOf(cert.Certificate, n.bundle.X509Authorities()); ok {
 		return false
 	}
+	n.forget()
+	return true
+}
+
+// forget removes a certificate that is of no use any more.
+func (n *nodeIdentity) forget() {
 	n.mu.Lock()
 	n.cert = nil
 	n.mu.Unlock()
 	if err := os.Remove(n.file()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		n.log.Error("a certificate of no use could not be removed", "error", err)
 	}
-	return true
 }

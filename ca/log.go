@@ -14,6 +14,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-mesh/signet/internal/wholefile"
 )
 
@@ -263,6 +265,20 @@ func (l *Log) Find(serial string) (Entry, bool, error) {
 		return Entry{}, false, err
 	}
 	return entries[0], true, err
+}
+
+// Of returns the issuances to an identity of what has not expired, oldest first,
+// but for tokens, and since when all are known: from when the log begins.
+func (l *Log) Of(id spiffeid.ID, now time.Time) (out []Entry, since time.Time, err error) {
+	since = now
+	first := true
+	out, err = l.read(func(e *line) bool {
+		if first {
+			since, first = e.Time, false
+		}
+		return e.ID == id.String() && e.Kind != KindJWT && !(&Revoked{NotAfter: e.NotAfter}).over(now)
+	})
+	return out, since, err
 }
 
 func normalSerial(s string) string {

@@ -38,50 +38,97 @@ var (
 	ErrRevokedFull = fmt.Errorf("ca: %d certificates are revoked and have not expired, which is the most; replace the root (`signet ca distrust`), or wait until the first has expired", MaxRevoked)
 )
 
-// Revoked is a certificate that nobody is to take any more.
+// Revoked is a certificate, or a token, that nobody is to take any more.
 type Revoked struct {
-	Serial   string // lower-case hexadecimal, two digits for each byte, as proxies write it
+	Serial   string // or jti; lower-case hexadecimal, two digits for each byte, as proxies write it
 	ID       string
 	Reason   string
-	At       time.Time
-	NotAfter time.Time // of the certificate
+	At       time.Time // zero: long ago
+	NotAfter time.Time // of the certificate; zero: it is not known
 }
 
 // Refused reports whether its holder's time to renew is over.
 func (r *Revoked) Refused(now time.Time) bool { return !now.Before(r.At.Add(RevokeGrace)) }
 
-func (r *Revoked) over(now time.Time) bool { return now.After(r.NotAfter.Add(revokeSkew)) }
+func (r *Revoked) over(now time.Time) bool {
+	return !r.NotAfter.IsZero() && now.After(r.NotAfter.Add(revokeSkew))
+}
 
-// revocations are those in force. The issuance log keeps them.
+// revocations are those in force: the authority's own, which the issuance log
+// keeps, and those that are declared elsewhere.
 type revocations struct {
-	adding  sync.Mutex // held while one is added; taken before mu
-	mu      sync.Mutex
-	all     []Revoked     // guarded by mu; oldest first, also some that are over
-	changed chan struct{} // guarded by mu; closed and replaced when one was added; nil: nobody waits
+	adding   sync.Mutex // held while one is added; taken before mu
+	mu       sync.Mutex
+	own      []Revoked     // guarded by mu; oldest first, also some that are over
+	declared []Revoked     // guarded by mu; replaced whole; also some that are over
+	changed  chan struct{} // guarded by mu; closed and replaced when one was added; nil: nobody waits
 }
 
 // current returns those that are not over, forgets the others, and says when that
 // or which of them are refused changes by itself; zero: never. mu is held.
 func (r *revocations) current(now time.Time) (list []Revoked, next time.Time) {
-	for _, one := range r.all {
-		if one.over(now) {
-			continue
+	r.own = inForce(r.own, now)
+	list = slices.Clone(r.own)
+	for _, one := range inForce(r.declared, now) {
+		if !slices.ContainsFunc(list, func(had Revoked) bool { return had.Serial == one.Serial }) {
+			list = append(list, one)
 		}
-		list = append(list, one)
-		at := one.NotAfter.Add(revokeSkew + 1)
-		if !one.Refused(now) {
+	}
+	slices.SortStableFunc(list, func(a, b Revoked) int { return a.At.Compare(b.At) })
+	for _, one := range list {
+		var at time.Time
+		switch {
+		case !one.Refused(now):
 			at = one.At.Add(RevokeGrace)
+		case !one.NotAfter.IsZero():
+			at = one.NotAfter.Add(revokeSkew + 1)
+		default:
+			continue
 		}
 		if next.IsZero() || at.Before(next) {
 			next = at
 		}
 	}
-	r.all = list
 	return list, next
 }
 
-// Revoked lists the certificates that are revoked and have not expired, oldest
-// first. The channel is closed when one is added; next is when the list, or which
+func inForce(all []Revoked, now time.Time) (list []Revoked) {
+	for _, one := range all {
+		if !one.over(now) {
+			list = append(list, one)
+		}
+	}
+	return list
+}
+
+// notify wakes who waits for a change. mu is held.
+func (r *revocations) notify() {
+	if r.changed != nil {
+		close(r.changed)
+		r.changed = nil
+	}
+}
+
+// DeclareRevoked replaces the list of what is revoked elsewhere, where all
+// replicas of the control plane read it. What this authority has revoked itself
+// stays revoked.
+func (a *Authority) DeclareRevoked(list []Revoked) {
+	r := &a.revoked
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, one := range list {
+		if !slices.ContainsFunc(r.declared, func(had Revoked) bool { return had.Serial == one.Serial }) {
+			a.log.Warn("revocation declared", "serial", one.Serial, "id", one.ID, "reason", one.Reason, "not_after", one.NotAfter)
+		}
+	}
+	if slices.Equal(r.declared, list) {
+		return
+	}
+	r.declared = slices.Clone(list)
+	r.notify()
+}
+
+// Revoked lists what is revoked and has not expired, oldest first. The channel is closed when one is added; next is when the list, or which
 // of it are refused, changes by itself; zero: never.
 func (a *Authority) Revoked() (list []Revoked, changed <-chan struct{}, next time.Time) {
 	r := &a.revoked
@@ -100,11 +147,12 @@ func (a *Authority) IsRevoked(serial []byte) bool {
 	r, text, now := &a.revoked, fmt.Sprintf("%x", serial), a.now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.ContainsFunc(r.all, func(one Revoked) bool { return one.Serial == text && !one.over(now) })
+	is := func(one Revoked) bool { return one.Serial == text && !one.over(now) }
+	return slices.ContainsFunc(r.own, is) || slices.ContainsFunc(r.declared, is)
 }
 
-// Revoke revokes a certificate that this authority has issued, until it has
-// expired. It returns when that is durable. One that is revoked already stays as
+// Revoke revokes a certificate, or a token, that this authority has issued, until
+// it has expired. It returns when that is durable. One that is revoked already stays as
 // it is.
 func (a *Authority) Revoke(serial, reason string) (Revoked, error) {
 	if normalSerial(serial) == "" || strings.Trim(normalSerial(serial), "0123456789abcdef") != "" {
@@ -122,8 +170,6 @@ func (a *Authority) Revoke(serial, reason string) (Revoked, error) {
 		return Revoked{}, err
 	case !found:
 		return Revoked{}, fmt.Errorf("%w: %.64q", ErrNotIssued, serial)
-	case e.Kind == KindJWT:
-		return Revoked{}, fmt.Errorf("%w: %s is a token's jti; it is good until %s", ErrNotRevoked, e.Serial, e.NotAfter.Format(time.RFC3339))
 	}
 	one := Revoked{Serial: e.Serial, ID: e.ID, Reason: reason, At: now, NotAfter: e.NotAfter}
 	if one.over(now) {
@@ -146,9 +192,7 @@ func (a *Authority) RevokeIdentity(id spiffeid.ID, reason string) ([]Revoked, er
 	a.revoked.adding.Lock()
 	defer a.revoked.adding.Unlock()
 	now := a.now().UTC()
-	entries, err := a.issuance.read(func(e *line) bool {
-		return e.ID == id.String() && e.Kind != KindJWT && !(&Revoked{NotAfter: e.NotAfter}).over(now)
-	})
+	entries, _, err := a.issuance.Of(id, now)
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("ca: not every certificate of %s may be known: %w", id, err)
@@ -178,6 +222,7 @@ func (a *Authority) revoke(wanted []Revoked) ([]Revoked, error) {
 	r := &a.revoked
 	r.mu.Lock()
 	list, _ := r.current(a.now())
+	own := r.own // never edited, only replaced
 	r.mu.Unlock()
 	var news []Revoked
 	for i, w := range wanted {
@@ -205,11 +250,8 @@ func (a *Authority) revoke(wanted []Revoked) ([]Revoked, error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.all = slices.Concat(list, news)
-	if r.changed != nil {
-		close(r.changed)
-		r.changed = nil
-	}
+	r.own = slices.Concat(own, news)
+	r.notify()
 	for _, w := range news {
 		a.log.Warn("certificate revoked", "serial", w.Serial, "id", w.ID, "reason", w.Reason, "not_after", w.NotAfter)
 	}
@@ -241,7 +283,7 @@ func (a *Authority) openRevoked() error {
 		}
 		one := Revoked{Serial: e.Serial, ID: e.ID, Reason: e.Reason, At: e.Time, NotAfter: e.NotAfter}
 		if !one.over(now) {
-			a.revoked.all = append(a.revoked.all, one) // nobody else has it yet
+			a.revoked.own = append(a.revoked.own, one) // nobody else has it yet
 		}
 	}
 }

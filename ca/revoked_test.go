@@ -3,6 +3,7 @@ package ca
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -33,7 +34,7 @@ func TestRevocations(t *testing.T) {
 		serial, reason string
 		is             error
 	}{
-		{"ff", "x", ErrNotIssued}, {"0c", "x", ErrNotRevoked}, {"0d", "x", ErrNotRevoked},
+		{"ff", "x", ErrNotIssued}, {"0c", "x", ErrNotRevoked},
 		{"0a1b", " ", nil}, {"0a1b", strings.Repeat("x", maxReason+1), nil}, {"0a1b", "a\nb", nil}, {"", "x", nil}, {"zz", "x", nil}, {"000", "x", nil},
 	} {
 		if _, err := a.Revoke(bad.serial, bad.reason); err == nil || bad.is != nil && !errors.Is(err, bad.is) {
@@ -42,6 +43,9 @@ func TestRevocations(t *testing.T) {
 	}
 	if list, _, next := a.Revoked(); len(list) != 0 || !next.IsZero() {
 		t.Fatalf("bad input left %v", list)
+	}
+	if _, err := a.Revoke("0d", "a token"); err != nil {
+		t.Errorf("a token: %v", err)
 	}
 	r, err := a.Revoke("A:1B", "lost")
 	if err != nil || r.Serial != "0a1b" || r.Refused(c.now()) {
@@ -60,7 +64,7 @@ func TestRevocations(t *testing.T) {
 	}
 	a = openTest(t, dir, func(o *Options) { o.Now = c.now })
 	list, _, next := a.Revoked()
-	if len(list) != 1 || list[0].Reason != "lost" || !next.Equal(r.At.Add(RevokeGrace)) || !a.IsRevoked([]byte{0x0a, 0x1b}) || a.IsRevoked([]byte{0x1b}) {
+	if len(list) != 2 || list[1].Reason != "lost" || !next.Equal(r.At.Add(RevokeGrace)) || !a.IsRevoked([]byte{0x0a, 0x1b}) || a.IsRevoked([]byte{0x1b}) {
 		t.Fatalf("after a restart: %+v, next at %s", list, next)
 	}
 	if e, found, err := a.IssuanceLog().Find("0a1b"); err != nil || !found || e.Reason != "lost" || !e.Revoked.Equal(r.At) {
@@ -128,5 +132,49 @@ func TestRevocationsAreBounded(t *testing.T) {
 	c.advance(time.Minute + revokeSkew + time.Second)
 	if _, err := a.Revoke(last, "test"); err != nil {
 		t.Errorf("when the first had expired: %v", err)
+	}
+}
+
+// TestDeclared: what is declared is refused beside what the authority revoked
+// itself, for as long as it is declared and its certificate has not expired. One
+// whose end is not known stays, and one without an instant is refused at once.
+func TestDeclared(t *testing.T) {
+	c := newClock()
+	a := openTest(t, t.TempDir(), func(o *Options) { o.Now = c.now })
+	enter(t, a, "0a", "", c.now().Add(time.Hour))
+	if _, err := a.Revoke("0a", "own"); err != nil {
+		t.Fatal(err)
+	}
+	serials := func() (out []string) {
+		list, _, _ := a.Revoked()
+		for _, r := range list {
+			out = append(out, fmt.Sprint(r.Serial, " ", r.Refused(c.now())))
+		}
+		slices.Sort(out)
+		return out
+	}
+	_, changed, _ := a.Revoked()
+	a.DeclareRevoked([]Revoked{{Serial: "0a", Reason: "again"}, {Serial: "0b", At: c.now(), NotAfter: c.now().Add(time.Minute)}, {Serial: "0c"}})
+	select {
+	case <-changed:
+	default:
+		t.Error("nobody hears of a declaration")
+	}
+	if got, want := serials(), []string{"0a false", "0b false", "0c true"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if _, _, next := a.Revoked(); !next.Equal(c.now().Add(RevokeGrace)) {
+		t.Errorf("it changes by itself at %s", next)
+	}
+	if !a.IsRevoked([]byte{0x0b}) || !a.IsRevoked([]byte{0x0c}) || a.IsRevoked([]byte{0x0d}) {
+		t.Error("not what is declared is revoked")
+	}
+	c.advance(time.Minute + revokeSkew + time.Second)
+	if got, want := serials(), []string{"0a true", "0c true"}; !slices.Equal(got, want) || a.IsRevoked([]byte{0x0b}) {
+		t.Errorf("when one had expired: %q, want %q", got, want)
+	}
+	a.DeclareRevoked(nil)
+	if got, want := serials(), []string{"0a true"}; !slices.Equal(got, want) {
+		t.Errorf("when nothing was declared any more: %q, want %q", got, want)
 	}
 }

@@ -52,6 +52,7 @@ type JWT struct {
 	// Token is a JWS in compact serialization. Whoever holds it can use it.
 	Token     string
 	KeyID     string
+	Number    string // its jti; empty: it has none
 	ExpiresAt time.Time
 	// RenewAt is from when on the next one is asked for.
 	RenewAt time.Time
@@ -138,13 +139,17 @@ func (m *Manager) heldToken(id spiffeid.ID, audience []string) (*JWT, *slot, *ho
 	return token, s, h, nil
 }
 
-// usable returns the token of a slot unless it has expired or its key has been
-// withdrawn. The caller holds mu.
+// usable returns the token of a slot unless it has expired, its key has been
+// withdrawn, or it is revoked. The caller holds mu.
 func (m *Manager) usable(s *slot, now time.Time) *JWT {
-	if t := s.token; t != nil && now.Before(t.ExpiresAt) && m.jwtKeys.HasJWTAuthority(t.KeyID) {
-		return t
+	t := s.token
+	if t == nil || !now.Before(t.ExpiresAt) || !m.jwtKeys.HasJWTAuthority(t.KeyID) {
+		return nil
 	}
-	return nil
+	if m.revoked != nil && m.revoked(t.Number) {
+		return nil
+	}
+	return t
 }
 
 // slot returns the slot for audiences, making room where there is none. The
@@ -213,8 +218,9 @@ func (m *Manager) obtainToken(ctx context.Context, h *holder, audience []string)
 		return nil, fmt.Errorf("the issuer's answer for %s is refused: the token is for %q, asked for was %q", h.id, checked.Audience, audience)
 	}
 	now := m.now()
+	number, _ := checked.Claims["jti"].(string)
 	return &JWT{
-		ID: h.id, Audience: checked.Audience, Token: token, KeyID: checked.KeyID,
+		ID: h.id, Audience: checked.Audience, Token: token, KeyID: checked.KeyID, Number: number,
 		ExpiresAt: checked.ExpiresAt, RenewAt: renewAt(now, checked.ExpiresAt, m.jitter()),
 	}, nil
 }
@@ -255,6 +261,15 @@ func (m *Manager) Quarantined(id spiffeid.ID) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.cutOff.has(id)
+}
+
+// RevokedToken reports whether the claims of a token say that it is one that is
+// revoked.
+func (m *Manager) RevokedToken(claims map[string]any) bool {
+	number, ok := claims["jti"].(string)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return ok && m.revoked != nil && m.revoked(number)
 }
 
 // JWTBundle returns the keys that verify the trust domain's tokens. It is

@@ -66,8 +66,8 @@ type State struct {
 	// Distrusted are roots that may be in somebody else's hands: certificates
 	// below them are renewed at once. SHA-256 of the certificates.
 	Distrusted [][sha256.Size]byte
-	// Revoked says by serial number which certificates are to be renewed at once.
-	// Nil: none.
+	// Revoked says by serial number which certificates are to be renewed at once,
+	// and by jti which tokens are good for nothing. Nil: none.
 	Revoked func(serial string) bool
 	// Workloads are the node's enrolled workloads.
 	Workloads []mesh.Workload
@@ -95,17 +95,18 @@ type Manager struct {
 	sooner  chan struct{} // holds one signal: nextExpiry moved closer
 
 	mu         sync.Mutex
-	td         spiffeid.TrustDomain    // guarded by mu
-	bundle     []*x509.Certificate     // guarded by mu; replaced whole, never edited
-	jwtKeys    *jwtbundle.Bundle       // guarded by mu; replaced whole, never edited
-	foreign    []*bundle.Bundle        // guarded by mu; replaced whole, never edited
-	ttl        time.Duration           // guarded by mu
-	keyType    mesh.KeyType            // guarded by mu
-	cutOff     cutOff                  // guarded by mu; nil: nobody is
-	known      bool                    // guarded by mu; Update was called
-	holders    map[spiffeid.ID]*holder // guarded by mu
-	nextExpiry time.Time               // guarded by mu; no certificate expires before; zero: none held
-	changed    chan struct{}           // guarded by mu; closed and replaced on each change
+	td         spiffeid.TrustDomain     // guarded by mu
+	bundle     []*x509.Certificate      // guarded by mu; replaced whole, never edited
+	jwtKeys    *jwtbundle.Bundle        // guarded by mu; replaced whole, never edited
+	foreign    []*bundle.Bundle         // guarded by mu; replaced whole, never edited
+	ttl        time.Duration            // guarded by mu
+	keyType    mesh.KeyType             // guarded by mu
+	revoked    func(serial string) bool // guarded by mu; nil: nothing is
+	cutOff     cutOff                   // guarded by mu; nil: nobody is
+	known      bool                     // guarded by mu; Update was called
+	holders    map[spiffeid.ID]*holder  // guarded by mu
+	nextExpiry time.Time                // guarded by mu; no certificate expires before; zero: none held
+	changed    chan struct{}            // guarded by mu; closed and replaced on each change
 }
 
 // holder is one identity. All fields but wake and tokenRate are guarded by
@@ -204,7 +205,7 @@ func (m *Manager) Update(s State) {
 	changed := !m.known || !sameRoots || m.td != s.TrustDomain || !jwtKeys.Equal(m.jwtKeys) || !sameBundles(m.foreign, s.Foreign)
 	newTTL := s.TTL > 0 && s.TTL != m.ttl
 	m.known, m.td, m.bundle, m.ttl, m.jwtKeys = true, s.TrustDomain, slices.Clone(s.Bundle), s.TTL, jwtKeys
-	m.cutOff, m.keyType, m.foreign = s.Quarantined, s.KeyType, slices.Clone(s.Foreign)
+	m.cutOff, m.keyType, m.foreign, m.revoked = s.Quarantined, s.KeyType, slices.Clone(s.Foreign), s.Revoked
 
 	for id := range m.holders {
 		if _, ok := wanted[id]; !ok {

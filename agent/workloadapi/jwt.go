@@ -208,6 +208,9 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	if s.svids.Quarantined(token.ID) {
 		return nil, status.Errorf(codes.InvalidArgument, "svid: sub: %s is quarantined", token.ID)
 	}
+	if s.svids.RevokedToken(token.Claims) {
+		return nil, status.Error(codes.InvalidArgument, "svid: jti: the token is revoked")
+	}
 	claims, err := structpb.NewStruct(token.Claims)
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "svid: its claims: %v", err)

@@ -74,6 +74,41 @@ type MeshConfigSpec struct {
 	// and when it is withdrawn, all connections through tunnels end once.
 	// +optional
 	RootDistrustedBefore *metav1.Time `json:"rootDistrustedBefore,omitempty"`
+
+	// Revoked are certificates and tokens that nobody is to take any more.
+	// `kubectl signet ca revoke` writes it. An entry whose certificate has expired
+	// does nothing, and goes when the next one is added.
+	// +optional
+	// +listType=map
+	// +listMapKey=serial
+	// +kubebuilder:validation:MaxItems=256
+	Revoked []Revocation `json:"revoked,omitempty"`
+}
+
+// Revocation names a certificate, or a token, that nobody is to take any more.
+type Revocation struct {
+	// Serial is the certificate's serial number, or the token's jti: lower-case
+	// hexadecimal, two digits for each byte.
+	// +kubebuilder:validation:MinLength=2
+	// +kubebuilder:validation:MaxLength=40
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9a-f]{2})+$') && !self.startsWith('00')",message="must be a serial number as `kubectl signet certs -o wide` shows it: lower-case hexadecimal, two digits for each byte, without leading zero bytes"
+	Serial string `json:"serial"`
+	// Reason says why, for who looks at the list or finds a connection refused.
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=256
+	Reason string `json:"reason"`
+	// ID is whose it is, for who looks at the list.
+	// +optional
+	// +kubebuilder:validation:MaxLength=2048
+	ID string `json:"id,omitempty"`
+	// Since is when it was revoked. Whoever holds the certificate rightly has 2 s
+	// from then to renew it; without it, it is refused at once.
+	// +optional
+	Since *metav1.Time `json:"since,omitempty"`
+	// NotAfter is when the certificate expires, and the entry does nothing any
+	// more. Without it the entry is in force until it is removed.
+	// +optional
+	NotAfter *metav1.Time `json:"notAfter,omitempty"`
 }
 
 // MeshConfigStatus says what became of a MeshConfig.
@@ -81,7 +116,14 @@ type MeshConfigStatus struct {
 	// ObservedGeneration is the generation that the status is about.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
-	// Conditions has ConditionAccepted.
+	// ProgrammedNodes of Nodes refuse what is revoked; absent while nothing is.
+	// +optional
+	ProgrammedNodes int32 `json:"programmedNodes,omitempty"`
+	// Nodes of the mesh.
+	// +optional
+	Nodes int32 `json:"nodes,omitempty"`
+	// Conditions has ConditionAccepted and, while anything is revoked,
+	// ConditionProgrammed.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

@@ -26,6 +26,10 @@ type (
 	rootKey struct{} // the root that its certificate ends at
 )
 
+// NodeRevoked is in the refusal of a certificate that is revoked. An agent in a
+// cluster looks for it.
+const NodeRevoked = "it is revoked; join again with a new token"
+
 // NodeFromContext returns the name of the node that makes the current call,
 // as its verified certificate states it, and false when there is none. It
 // works in every service of a gRPC server made with ServerOptions.
@@ -106,7 +110,7 @@ func (s *Server) StreamInterceptor(srv any, stream grpc.ServerStream, info *grpc
 	cancel()
 	<-watched
 	if <-revoked && stream.Context().Err() == nil {
-		return s.refuse(ctx, info.FullMethod, name, ReasonRevoked, "the node certificate of this connection is revoked; join again with a new token")
+		return s.refuse(ctx, info.FullMethod, name, ReasonRevoked, "the node certificate of this connection: "+NodeRevoked)
 	}
 	if quarantine := cut.Load(); quarantine != nil {
 		return s.refuseQuarantined(ctx, info.FullMethod, name, *quarantine)
@@ -223,7 +227,7 @@ func (s *Server) caller(ctx context.Context, call string) (*caller, error) {
 	}
 	if s.authority.IsRevoked(certs[0].SerialNumber.Bytes()) {
 		name, _ := ca.NodeName(id) // empty: it is no node's
-		return nil, s.refuse(ctx, call, name, ReasonRevoked, "client certificate: it is revoked; join again with a new token")
+		return nil, s.refuse(ctx, call, name, ReasonRevoked, "client certificate: "+NodeRevoked)
 	}
 	return &caller{id, certs[0], root}, nil
 }

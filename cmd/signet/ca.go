@@ -234,7 +234,7 @@ func (a *app) declareRotation(ctx context.Context, c *link, field string) (admin
 	}
 	patch := map[string]any{"spec": map[string]any{field: a.now().UTC().Format(time.RFC3339)}}
 	var answer struct{}
-	if err := c.kube.Patch(ctx, "/apis/signet.dev/v1alpha1/meshconfigs/mesh", patch, &answer); err != nil {
+	if err := c.kube.Patch(ctx, meshConfigPath, patch, &answer); err != nil {
 		return before, fmt.Errorf("set spec.%s of the MeshConfig: %w", field, err)
 	}
 	for end := time.Now().Add(beginTime); ; {

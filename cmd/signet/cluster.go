@@ -236,9 +236,16 @@ func (a *app) reach(ctx context.Context, kube *kubeclient.Cluster) (*link, error
 	if err != nil {
 		return nil, err
 	}
+	l := a.through(kube, tunnel)
+	l.close = append([]func(){kube.Close}, l.close...)
+	return l, nil
+}
+
+// through is the way through a tunnel. The link owns the tunnel, and not kube.
+func (a *app) through(kube *kubeclient.Cluster, tunnel *kubeclient.Tunnel) *link {
 	transport := tunnel.Transport(kubeclient.AdminPort)
-	client := adminclient.NewCluster("pod "+tunnel.Pod+" of "+kube.Server(), &patient{transport, p})
-	return &link{Client: client, kube: kube, close: []func(){kube.Close, func() { _ = tunnel.Close() }, client.Close}}, nil
+	client := adminclient.NewCluster("pod "+tunnel.Pod+" of "+kube.Server(), &patient{transport, &progress{out: a.err}})
+	return &link{Client: client, kube: kube, close: []func(){func() { _ = tunnel.Close() }, client.Close}}
 }
 
 // patient tells the user when an answer takes long.

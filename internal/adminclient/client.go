@@ -176,6 +176,12 @@ func (c *Client) Issued(ctx context.Context, serial string) (i adminv1.Issuance,
 	return i, c.control.get(ctx, "/v1/ca/issued", url.Values{"serial": {serial}}, &i)
 }
 
+// IssuedTo asks which certificates were issued to an identity, a SPIFFE ID, by the
+// control plane that is asked.
+func (c *Client) IssuedTo(ctx context.Context, id string) (i adminv1.Issuances, err error) {
+	return i, c.control.get(ctx, "/v1/ca/issued/to", url.Values{"id": {id}}, &i)
+}
+
 // RotateRoot starts the replacement of the root, or, with force, takes the step
 // that one under way waits for.
 func (c *Client) RotateRoot(ctx context.Context, force bool) (s adminv1.AuthorityStatus, err error) {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -38,6 +39,10 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 	mux.HandleFunc("GET /v1/ca", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.rotation.status(), nil) })
 	mux.HandleFunc("GET /v1/ca/issued", func(w http.ResponseWriter, r *http.Request) {
 		issued, err := c.issued(r.FormValue("serial"))
+		adminserver.Answer(w, issued, err)
+	})
+	mux.HandleFunc("GET /v1/ca/issued/to", func(w http.ResponseWriter, r *http.Request) {
+		issued, err := c.issuedTo(r.FormValue("id"))
 		adminserver.Answer(w, issued, err)
 	})
 	mux.HandleFunc("POST /v1/ca/rotate", func(w http.ResponseWriter, r *http.Request) {
@@ -77,10 +82,31 @@ func (c *control) issued(serial string) (adminv1.Issuance, error) {
 	if err != nil && !errors.Is(err, ca.ErrDamaged) || !found {
 		return adminv1.Issuance{}, err
 	}
+	return issuance(&e), nil
+}
+
+func issuance(e *ca.Entry) adminv1.Issuance {
 	return adminv1.Issuance{
 		Found: true, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
 		At: e.Time, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Outcome: string(e.Outcome),
-	}, nil
+	}
+}
+
+// issuedTo lists what was issued to an identity and has not expired.
+func (c *control) issuedTo(id string) (adminv1.Issuances, error) {
+	whose, err := spiffeid.FromString(id)
+	if err != nil {
+		return adminv1.Issuances{}, fmt.Errorf("id: %w", err)
+	}
+	entries, since, err := c.authority.Load().IssuanceLog().Of(whose, time.Now())
+	if err != nil {
+		return adminv1.Issuances{}, fmt.Errorf("not every certificate of %s may be known: %w", whose, err)
+	}
+	out := adminv1.Issuances{Since: since.UTC(), Issued: []adminv1.Issuance{}}
+	for i := range entries {
+		out.Issued = append(out.Issued, issuance(&entries[i]))
+	}
+	return out, nil
 }
 
 func (c *control) status() adminv1.ControlStatus {

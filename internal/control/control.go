@@ -114,8 +114,9 @@ type control struct {
 	authority atomic.Pointer[ca.Authority]    // nil until it is open
 	built     builds
 	refusals  *refusals
-	peers     *peers    // nil: there are no other replicas
-	rotation  *rotation // set before anybody can ask
+	peers     *peers     // nil: there are no other replicas
+	rotation  *rotation  // set before anybody can ask
+	setting   sync.Mutex // held while a view is set; taken before mu
 	mu        sync.Mutex
 	trust     string    // guarded by mu; the trust domain, fixed by the first view
 	since     time.Time // guarded by mu; when the view in force was set
@@ -197,7 +198,7 @@ func (c *control) serve(ctx context.Context) error {
 		listener.Close()
 		return err
 	}
-	c.authority.Store(authority)
+	c.hold(authority)
 	c.nodes.Store(nodes)
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -332,7 +333,7 @@ func (c *control) accept(view *mesh.View) {
 	if old != nil && old.Revision == view.Revision {
 		return
 	}
-	c.feed.Set(view)
+	c.set(view)
 	level := slog.LevelInfo
 	if old != nil && len(old.State.Workloads) == len(view.State.Workloads) && old.Model == view.Model {
 		level = slog.LevelDebug // one of many in a large mesh

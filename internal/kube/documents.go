@@ -124,9 +124,9 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 
 // view assembles what is in force. It shares the index's tables, which are
 // replaced and not edited.
-func (x *index) view(s settings, d *documents) *mesh.View {
+func (x *index) view(s settings, d *documents, r *revocations) *mesh.View {
 	state := &mesh.State{
-		TrustDomain: s.td, SVIDTTL: s.ttl, SVIDKeyType: s.keyType, RootNotBefore: s.rootNotBefore, RootDistrustedBefore: s.rootDistrustedBefore, RefuseUnknown: s.refuseUnknown,
+		TrustDomain: s.td, SVIDTTL: s.ttl, SVIDKeyType: s.keyType, RootNotBefore: s.rootNotBefore, RootDistrustedBefore: s.rootDistrustedBefore, Revoked: r.list, RefuseUnknown: s.refuseUnknown,
 		Namespaces: x.modes, Plain: x.plain, Excluded: x.excluded,
 		Workloads: x.workloads.values, Services: x.serviceSet.values,
 	}
@@ -142,7 +142,9 @@ func (x *index) view(s settings, d *documents) *mesh.View {
 		Namespaces map[string]mesh.Mode
 		Plain      map[string]bool
 		Excluded   map[string]string
-	}{2, s.td.Name(), s.ttl, s.keyType, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded})
+		Revoked    []mesh.Revocation `json:",omitempty"`
+		Refused    int               `json:",omitempty"` // a node that says that it is at this revision refuses so many
+	}{2, s.td.Name(), s.ttl, s.keyType, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded, r.list, r.refused})
 	if err != nil {
 		panic(fmt.Sprintf("kube: encode revision: %v", err))
 	}

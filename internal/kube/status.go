@@ -81,8 +81,18 @@ func (s *statusWriter) write(ctx context.Context, snap *snapshot) {
 			faults[v1alpha1.KindQuarantine+" "+doc.Name], on, of, "what is valid is in force: ")
 	}
 	if doc := snap.documents.config; doc != nil {
+		was := written{doc.Status.ObservedGeneration, -1, -1}
+		switch { // while nothing is revoked there is nothing to count
+		case len(doc.Spec.Revoked) == 0:
+			on, of = -1, -1
+		case !snap.refuses:
+			on = 0
+			fallthrough
+		default:
+			was.on, was.of = doc.Status.ProgrammedNodes, doc.Status.Nodes
+		}
 		s.object(ctx, "meshconfigs", v1alpha1.KindMeshConfig, &doc.ObjectMeta, doc.Status.Conditions,
-			written{doc.Status.ObservedGeneration, -1, -1}, snap.faults, -1, -1, "the last good settings are in force: ")
+			was, snap.faults, on, of, "the last good settings are in force: ")
 	}
 	for _, obj := range s.watcher.namespaceStore.List() {
 		ns := obj.(*corev1.Namespace)

@@ -56,6 +56,7 @@ type snapshot struct {
 	view      *mesh.View
 	documents *documents
 	faults    []string // of the MeshConfig
+	refuses   bool     // all that is revoked is refused in the view
 	history   *history
 	changing  map[string]mesh.Mode // namespaces that join or leave -> the mode to come
 	notices   map[string]string    // namespaces whose annotation is no mode
@@ -192,7 +193,7 @@ func (w *Watcher) Run(ctx context.Context, accept func(*mesh.View), reject func(
 		w.mu.Unlock()
 		f.step(ctx, d)
 		var look <-chan time.Time
-		if f.index != nil && len(f.index.turns) > 0 {
+		if f.index != nil && len(f.index.turns) > 0 || f.revoked.pending() {
 			look = time.After(lookAtTurns)
 		}
 		select {
@@ -240,6 +241,7 @@ type follower struct {
 	index     *index    // nil before the first good MeshConfig
 	settings  settings
 	documents *documents
+	revoked   revocations
 	faults    []string   // of the MeshConfig
 	told      []string   // the faults that the newest view came with
 	view      *mesh.View // the newest
@@ -272,13 +274,14 @@ func (f *follower) step(ctx context.Context, d *dirty) {
 	if f.index == nil {
 		return
 	}
+	changed = f.revoked.look(time.Now()) || changed
 	if nodes := w.nodes.Load(); nodes != nil {
 		f.index.gradual = f.view != nil // what was there at the start is not on its way
 		f.index.advance(d, nodes.reports(), nodes.others(), time.Now())
 	}
 	if f.index.update(d) || changed {
 		f.last = time.Now()
-		f.view = f.index.view(f.settings, f.documents)
+		f.view = f.index.view(f.settings, f.documents, &f.revoked)
 		f.history = f.history.add(f.view)
 		f.accept(f.view)
 		if f.told = f.faults; len(f.told) > 0 {
@@ -289,7 +292,7 @@ func (f *follower) step(ctx context.Context, d *dirty) {
 	if steps := f.index.steps(); !slices.Equal(steps, w.Steps()) {
 		w.steps.Store(&steps)
 	}
-	w.latest.Store(&snapshot{view: f.view, documents: f.documents, faults: f.faults, history: f.history, changing: f.index.changing(), notices: f.index.notices()})
+	w.latest.Store(&snapshot{view: f.view, documents: f.documents, faults: f.faults, refuses: !f.revoked.pending(), history: f.history, changing: f.index.changing(), notices: f.index.notices()})
 }
 
 // read takes the objects of signet.dev from their caches.
@@ -313,6 +316,7 @@ func (f *follower) read() {
 		return
 	}
 	s, faults := parseConfig(docs.config)
+	faults = append(faults, f.revoked.read(&docs.config.Spec, time.Now())...)
 	for _, fault := range faults {
 		f.faults = append(f.faults, fmt.Sprintf("MeshConfig %q: %s", v1alpha1.MeshConfigName, fault))
 	}

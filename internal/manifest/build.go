@@ -182,6 +182,7 @@ func (b *builder) meshConfig() {
 	if t := spec.RootDistrustedBefore; t != nil {
 		b.state.RootDistrustedBefore = t.UTC()
 	}
+	b.revoked(d, spec.Revoked)
 	switch spec.UnknownDestinations {
 	case "", "plain":
 	case "refuse":

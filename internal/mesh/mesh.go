@@ -70,6 +70,9 @@ type State struct {
 	RootNotBefore time.Time
 	// RootDistrustedBefore: a root that was made before is distrusted. Zero: none is.
 	RootDistrustedBefore time.Time
+	// Revoked are certificates and tokens that nobody is to take any more, also
+	// some that have expired.
+	Revoked []Revocation `json:",omitempty"`
 	// RefuseUnknown closes connections to destinations outside the mesh.
 	RefuseUnknown bool
 	Namespaces    map[string]Mode // absent means ModeOff

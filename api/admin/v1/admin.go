@@ -10,6 +10,7 @@
 //	GET  control.sock /v1/explain?from=&to=&port= -> Explanation
 //	GET  control.sock /v1/ca            -> AuthorityStatus
 //	GET  control.sock /v1/ca/issued?serial= -> Issuance
+//	GET  control.sock /v1/ca/issued/to?id= -> Issuances
 //	GET  control.sock /v1/ca/revoked    -> Revocations
 //	GET  control.sock /v1/ca/refused?since=RFC3339&limit= -> Refusals
 //	POST control.sock /v1/ca/revoke?serial=&reason= -> Revocations

@@ -65,8 +65,23 @@ type NodeRoots struct {
 	Waits string `json:"waits,omitempty"`
 }
 
-// Revocations are the certificates that are revoked and have not expired.
+// Issuances are the certificates of one identity in the issuance log of the
+// control plane that was asked.
+type Issuances struct {
+	// Since is when the log begins: what was issued before is not in it.
+	Since  time.Time  `json:"since"`
+	Issued []Issuance `json:"issued"` // that have not expired; oldest first
+}
+
+// Revocations are the certificates and tokens that are revoked and have not
+// expired.
 type Revocations struct {
+	// Now is the control plane's clock.
+	Now time.Time `json:"now,omitzero"`
+	// Acting of Nodes act by the list and all else that is in force; of those that
+	// are connected. In a cluster only.
+	Acting       int                  `json:"acting,omitempty"`
+	Nodes        int                  `json:"nodes,omitempty"`
 	Certificates []RevokedCertificate `json:"certificates"` // oldest first
 }
 
@@ -75,8 +90,8 @@ type RevokedCertificate struct {
 	Serial   string    `json:"serial"` // lower-case hexadecimal
 	ID       string    `json:"id"`
 	Reason   string    `json:"reason"`
-	At       time.Time `json:"at"` // when it was revoked
-	NotAfter time.Time `json:"notAfter"`
+	At       time.Time `json:"at"`                // when it was revoked
+	NotAfter time.Time `json:"notAfter,omitzero"` // zero: not known
 	// Refused says that its holder's time to renew is over.
 	Refused bool `json:"refused"`
 }
