@@ -169,6 +169,7 @@ type agent struct {
 	ready    atomic.Bool
 	perUID   int
 	cutOff   spiffeid.ID // quarantined
+	revoked  string      // jti
 	log      *logText
 	refused  refusals
 
@@ -272,6 +273,7 @@ func (a *agent) setHinted(hints map[string]string, rules ...rule) {
 	}
 	a.attestor.SetWorkloads(ws)
 	a.svids.Update(svid.State{TrustDomain: td, Bundle: []*x509.Certificate{a.issuer.root}, JWTKeys: a.issuer.jwtKeys(), Workloads: ws,
+		Revoked:     func(serial string) bool { return a.revoked != "" && serial == a.revoked },
 		Quarantined: func(id spiffeid.ID) (string, bool) { return "cut", !a.cutOff.IsZero() && id == a.cutOff }})
 }
 

@@ -380,3 +380,32 @@ func TestJWTQuarantine(t *testing.T) {
 		t.Errorf("another identity: %v", err)
 	}
 }
+
+// A token that is revoked is good for nothing at the agent, and nobody is given it
+// again: who asks gets another, which is good.
+func TestJWTRevoked(t *testing.T) {
+	web := rule{"web", "web", self(t)}
+	a := startAgent(t, nil, web)
+	got, err := a.fetch("", "ledger")
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := got.Svids[0].Svid
+	answer, err := a.validate(first, "ledger")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.revoked = answer.Claims.Fields["jti"].GetStringValue()
+	if a.revoked == "" {
+		t.Fatal("the token has no jti")
+	}
+	a.set(web)
+	_, err = a.validate(first, "ledger")
+	ends(t, err, codes.InvalidArgument, "revoked")
+	if got, err = a.fetch("", "ledger"); err != nil || got.Svids[0].Svid == first {
+		t.Fatalf("the revoked token is given again, %v", err)
+	}
+	if _, err := a.validate(got.Svids[0].Svid, "ledger"); err != nil {
+		t.Errorf("the next token: %v", err)
+	}
+}

@@ -267,6 +267,15 @@ func testMeshConfig(t *testing.T, admin dynamic.Interface) {
 		{meshConfig("mesh", `{trustDomain: mesh.example, svidTTL: 24h}`), ""},
 		{meshConfig("mesh", `{trustDomain: mesh.example, rootNotBefore: "2026-01-02T03:04:05Z"}`), ""},
 		{meshConfig("mesh", `{trustDomain: mesh.example, rootNotBefore: tomorrow}`), "rootNotBefore"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: 0a1b, reason: stolen}, {serial: ff, reason: lost, id: "spiffe://mesh.example/x", since: "2026-01-02T03:04:05Z", notAfter: "2026-01-02T04:04:05Z"}]}`), ""},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: "0A", reason: x}]}`), "must be a serial number as"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: "0a1", reason: x}]}`), "must be a serial number as"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: "000a", reason: x}]}`), "must be a serial number as"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: "0a:1b", reason: x}]}`), "must be a serial number as"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: ff}]}`), "spec.revoked[0].reason: Required value"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: ff, reason: x, since: now}]}`), "spec.revoked[0].since"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [{serial: ff, reason: x}, {serial: ff, reason: x}]}`), "Duplicate value"},
+		{meshConfig("mesh", `{trustDomain: mesh.example, revoked: [`+tooMany()+`]}`), "must have at most 256 items"},
 		{meshConfig("second", `{trustDomain: mesh.example}`), "its name must be mesh"},
 		{meshConfig("mesh", `{}`), "spec.trustDomain: Required value"},
 		{meshConfig("mesh", `{trustDomain: "spiffe://mesh.example"}`), "must be a bare name"},
@@ -299,6 +308,15 @@ func testMeshConfig(t *testing.T, admin dynamic.Interface) {
 	}
 	_, err = configs.Update(t.Context(), o, metav1.UpdateOptions{})
 	check(t, "an edit of the trust domain", err, "a trust domain cannot be edited")
+}
+
+// tooMany has one entry more than may be revoked at a time.
+func tooMany() string {
+	var out strings.Builder
+	for i := range 257 {
+		fmt.Fprintf(&out, "{serial: \"%04x\", reason: x},", 0x1000+i)
+	}
+	return out.String()
 }
 
 // testRoundTrip: a typed policy is what the server keeps, an edit of the spec

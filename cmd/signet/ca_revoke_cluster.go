@@ -195,16 +195,9 @@ func declareRevoked(ctx context.Context, kube *kubeclient.Cluster, add []v1alpha
 		if err := kube.Get(ctx, meshConfigPath, nil, &config); err != nil {
 			return err
 		}
-		list := slices.DeleteFunc(config.Spec.Revoked, func(r v1alpha1.Revocation) bool {
-			return r.NotAfter != nil && now.After(r.NotAfter.Add(expiredFor))
-		})
-		for _, r := range add {
-			if !slices.ContainsFunc(list, func(had v1alpha1.Revocation) bool { return had.Serial == r.Serial }) {
-				list = append(list, r)
-			}
-		}
-		if len(list) > mesh.MaxRevocations {
-			return fmt.Errorf("%d certificates would be revoked, and %d is the most; replace the root (`kubectl signet ca distrust`), or cut the identity off with a Quarantine", len(list), mesh.MaxRevocations)
+		list, err := withRevoked(config.Spec.Revoked, add, now)
+		if err != nil {
+			return err
 		}
 		patch := map[string]any{
 			"metadata": map[string]any{"resourceVersion": config.ResourceVersion},
@@ -215,6 +208,22 @@ func declareRevoked(ctx context.Context, kube *kubeclient.Cluster, add []v1alpha
 			return err
 		}
 	}
+}
+
+// withRevoked returns a list with more in it, and without what has expired.
+func withRevoked(list, add []v1alpha1.Revocation, now time.Time) ([]v1alpha1.Revocation, error) {
+	list = slices.DeleteFunc(slices.Clone(list), func(r v1alpha1.Revocation) bool {
+		return r.NotAfter != nil && now.After(r.NotAfter.Add(expiredFor))
+	})
+	for _, r := range add {
+		if !slices.ContainsFunc(list, func(had v1alpha1.Revocation) bool { return had.Serial == r.Serial }) {
+			list = append(list, r)
+		}
+	}
+	if len(list) > mesh.MaxRevocations {
+		return nil, fmt.Errorf("%d certificates would be revoked, and %d is the most; replace the root (`kubectl signet ca distrust`), or cut the identity off with a Quarantine", len(list), mesh.MaxRevocations)
+	}
+	return list, nil
 }
 
 // followRevoked waits until every replica has the list and every node acts by it.

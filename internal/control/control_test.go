@@ -116,7 +116,9 @@ func TestReadiness(t *testing.T) {
 	get(t, http.DefaultClient, "http://"+health+"/readyz", 503, "waiting for the source")
 	source.rejected <- []string{"MeshConfig is missing"}
 	get(t, http.DefaultClient, "http://"+health+"/readyz", 503, "MeshConfig is missing")
-	source.views <- viewOf("mesh.example", "r1")
+	first := viewOf("mesh.example", "r1")
+	first.State.Revoked = []mesh.Revocation{{Serial: "0c", Reason: "from before"}}
+	source.views <- first
 	get(t, http.DefaultClient, "http://"+health+"/readyz", 503, "authority")
 	close(opened)
 	get(t, http.DefaultClient, "http://"+health+"/readyz", 200, "ok")
@@ -125,11 +127,15 @@ func TestReadiness(t *testing.T) {
 
 	operator := &http.Client{Transport: &http.Transport{DialContext: unixsocket.Dialer(admin), DisableKeepAlives: true}}
 	get(t, operator, "http://control/v1/status", 200, `"r1"`)
+	get(t, operator, "http://control/v1/ca/revoked", 200, `"from before"`) // what the first view says is revoked, too
 	source.views <- viewOf("other.example", "r2")
 	get(t, operator, "http://control/v1/status", 200, "a trust domain cannot be edited")
 	get(t, operator, "http://control/v1/status", 200, `"r1"`)
-	source.views <- viewOf("mesh.example", "r3")
+	third := viewOf("mesh.example", "r3")
+	third.State.Revoked = []mesh.Revocation{{Serial: "0a1b", Reason: "stolen"}}
+	source.views <- third
 	get(t, operator, "http://control/v1/status", 200, `"r3"`)
+	get(t, operator, "http://control/v1/ca/revoked", 200, `"certificates":[{"serial":"0a1b"`)
 	http.DefaultClient.CloseIdleConnections()
 	cancel()
 	select {

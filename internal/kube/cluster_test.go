@@ -312,6 +312,50 @@ func testWatch(t *testing.T, c, as *Client) {
 		}
 		return nil
 	})
+	// What is revoked is in the view, and the status counts the nodes that act by it
+	// when all of it is refused.
+	configPatch := func(body string) {
+		t.Helper()
+		if _, err := c.Objects.Resource(v1alpha1.Resource("meshconfigs")).Patch(ctx, "mesh", types.MergePatchType, []byte(body), metav1.PatchOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	configPatch(fmt.Sprintf(`{"spec":{"revoked":[{"serial":"0a1b","reason":"stolen","since":%q}]}}`, time.Now().UTC().Add(time.Hour).Format(time.RFC3339)))
+	began, first := time.Now(), ""
+	eventually(t, 10*time.Second, func() error {
+		view, _ := o.get()
+		if len(view.State.Revoked) != 1 || view.State.Revoked[0].Serial != "0a1b" {
+			return fmt.Errorf("revoked: %+v", view.State.Revoked)
+		}
+		first = view.Revision
+		return nil
+	})
+	revoking, _ := o.get()
+	revision.Store(revoking.Revision)
+	condition("meshconfigs", "", "mesh", "Programmed", "False on 0 of 1 nodes")
+	eventually(t, 10*time.Second, func() error {
+		if view, _ := o.get(); view.Revision == first {
+			return errors.New("the view does not change when the holder's time is over")
+		}
+		return nil
+	})
+	if since := time.Since(began); since < ca.RevokeGrace-time.Second {
+		t.Errorf("refused after %s", since)
+	}
+	revoking, _ = o.get()
+	revision.Store(revoking.Revision)
+	condition("meshconfigs", "", "mesh", "Programmed", "True on 1 of 1 nodes")
+	configPatch(`{"spec":{"revoked":null}}`)
+	eventually(t, 10*time.Second, func() error {
+		if view, _ := o.get(); len(view.State.Revoked) > 0 {
+			return errors.New("still revoked")
+		}
+		return nil
+	})
+	revoking, _ = o.get()
+	revision.Store(revoking.Revision)
+	time.Sleep(2 * statusPeriod)
+
 	o.mu.Lock()
 	views := o.views
 	o.mu.Unlock()

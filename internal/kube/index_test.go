@@ -81,7 +81,7 @@ func (c *cluster) remove(p *corev1.Pod) {
 func (c *cluster) state() (*mesh.State, bool) {
 	changed := c.update(c.d)
 	c.d = newDirty()
-	return c.view(settings{td: testDomain}, &documents{}).State, changed
+	return c.view(settings{td: testDomain}, &documents{}, &revocations{}).State, changed
 }
 
 func ns(name string, annotations ...string) *corev1.Namespace {
@@ -219,7 +219,7 @@ func TestEnrolAndLeave(t *testing.T) {
 	if !changed || keys(before) != "a-shop/x shop/one shop/two" {
 		t.Errorf("enrolled: %s", keys(before))
 	}
-	first := c.view(settings{td: testDomain}, &documents{}).Revision
+	first := c.view(settings{td: testDomain}, &documents{}, &revocations{}).Revision
 	c.put(one)
 	if _, changed := c.state(); changed {
 		t.Error("the same pod again counts as a change")
@@ -228,7 +228,7 @@ func TestEnrolAndLeave(t *testing.T) {
 	if s, changed := c.state(); !changed || s.Workloads[1].UID != "u9" || before.Workloads[1].UID != "u1" {
 		t.Error("a pod that replaced another of its name is not seen, or the old state was edited")
 	}
-	if c.view(settings{td: testDomain}, &documents{}).Revision == first {
+	if c.view(settings{td: testDomain}, &documents{}, &revocations{}).Revision == first {
 		t.Error("the revision did not change")
 	}
 	c.put(one)

@@ -24,7 +24,7 @@ func (c *turning) step(after time.Duration, reports ...caserver.NodeReport) stri
 	c.advance(c.d, reports, c.others, c.now)
 	c.update(c.d)
 	c.d = newDirty()
-	v := c.view(settings{td: testDomain}, &documents{})
+	v := c.view(settings{td: testDomain}, &documents{}, &revocations{})
 	c.saw(v)
 	c.revision = v.Revision
 	s := v.State.Mode("shop").String()

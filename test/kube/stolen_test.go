@@ -25,7 +25,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
@@ -79,14 +78,7 @@ func (t *thief) dial() *grpc.ClientConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := net.JoinHostPort(s.Spec.ClusterIP, "9443")
-	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(t.tls())),
-		grpc.WithContextDialer(func(ctx context.Context, to string) (net.Conn, error) { return t.seat.DialContext(ctx, "tcp", to) }))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return conn
+	return t.dialTo(net.JoinHostPort(s.Spec.ClusterIP, "9443"))
 }
 
 // refused counts an attempt, which must end in an error.

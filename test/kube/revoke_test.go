@@ -1,0 +1,258 @@
+package kube
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/test/cluster"
+)
+
+// revokedWithin is how soon nobody takes a revoked certificate any more; docs/identity.md.
+const revokedWithin = 5 * time.Second
+
+// copied is what somebody who reads a node's disk has: a workload's certificate
+// and key.
+func (b *bench) copied(node *cluster.Node, id string) (cert *tls.Certificate, serial string) {
+	b.Helper()
+	sum := sha256.Sum256([]byte(id))
+	text, err := os.ReadFile(filepath.Join(node.Disk(), "var/lib/signet/agent/svids", hex.EncodeToString(sum[:])+".json"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	var file struct {
+		Chain [][]byte `json:"chain"`
+		Key   []byte   `json:"key"`
+	}
+	if err := json.Unmarshal(text, &file); err != nil {
+		b.Fatal(err)
+	}
+	key, err := x509.ParsePKCS8PrivateKey(file.Key)
+	if err != nil {
+		b.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(file.Chain[0])
+	if err != nil {
+		b.Fatal(err)
+	}
+	return &tls.Certificate{Certificate: file.Chain, PrivateKey: key}, hex.EncodeToString(leaf.SerialNumber.Bytes())
+}
+
+// tunnelled calls a pod's port through a tunnel of its own from a node, and returns
+// the name of the pod that answers.
+func (b *bench) tunnelled(seat *cluster.Node, ip string, cert *tls.Certificate) (string, error) {
+	ctx, cancel := context.WithTimeout(b.Context(), 10*time.Second)
+	defer cancel()
+	raw, err := seat.DialContext(ctx, "tcp", net.JoinHostPort(ip, "15008"))
+	if err != nil {
+		return "", err
+	}
+	defer raw.Close()
+	conn := tls.Client(raw, &tls.Config{
+		Certificates: []tls.Certificate{*cert}, NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS13,
+		InsecureSkipVerify: true, //nolint:gosec // who answers is not what is tested
+	})
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return "", err
+	}
+	c, err := (&http2.Transport{}).NewClientConn(conn) //nolint:staticcheck // speaks CONNECT over a connection made here
+	if err != nil {
+		return "", err
+	}
+	to := net.JoinHostPort(ip, "8080")
+	resp, err := c.RoundTrip((&http.Request{
+		Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: to}, Host: to, Header: http.Header{}, ContentLength: -1,
+		Body: io.NopCloser(strings.NewReader("GET /id HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")),
+	}).WithContext(ctx))
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("%s %s", resp.Status, resp.Header.Get("x-signet-reason"))
+	}
+	got, err := io.ReadAll(resp.Body)
+	_, body, _ := strings.Cut(string(got), "\r\n\r\n")
+	return strings.TrimSpace(body), err
+}
+
+// revocations is what of `kubectl signet ca revoked -o json` the test looks at.
+type revocations struct {
+	Acting, Nodes int
+	Certificates  []struct {
+		Serial, ID, Reason string
+		Refused            bool
+	}
+}
+
+func (b *bench) revoked(args ...string) (list revocations) {
+	b.Helper()
+	out, err := b.command(b.Context(), "kubectl", append([]string{"signet", "ca"}, append(args, "-o", "json")...)...).Output()
+	if err == nil {
+		err = json.Unmarshal(out, &list)
+	}
+	if err != nil {
+		b.Fatalf("kubectl signet ca %q: %v\n%s", args, err, out)
+	}
+	return list
+}
+
+// A workload's certificate and key are copied from its node and used on another,
+// until the certificate is revoked with kubectl, by somebody whom the API server
+// lets edit the MeshConfig and nobody else: then the copy is refused at once, and
+// the workload, and its namesake on the other node, go on. Each node is connected
+// to another replica of the control plane. It outlives a restart of both. A node's
+// certificate that is revoked is good for nothing at either, and the node comes back
+// with its agent's next token.
+//
+// What it defends: that each replica takes the list from the MeshConfig
+// (internal/kube/revoked.go, control.set), also when it starts.
+func TestRevokeInCluster(t *testing.T) {
+	b := open(t)
+	b.twoReplicas()
+	l := b.load()
+	node1, node2 := b.cluster.Node("node1"), b.cluster.Node("node2")
+	server := b.ip(l.namespace, "server")
+	stolen, serial := b.copied(node2, id(l.namespace, "client"))
+	if by, err := b.tunnelled(node1, server, stolen); err != nil || by != "server" {
+		t.Fatalf("before the revocation the copy must be of use: %q, %v", by, err)
+	}
+
+	operator := b.as(l.namespace, "operator", bound(l.namespace, "operator"))
+	t.Cleanup(func() { b.unbind(l.namespace, "operator") })
+	cmd := b.command(t.Context(), "kubectl", "signet", "ca", "revoke", "--serial", serial, "--reason", "test")
+	cmd.Env = append(cmd.Env, "KUBECONFIG="+operator)
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "spec.revoked") {
+		t.Errorf("who may only look revokes: %v\n%s", err, out)
+	}
+	for _, bad := range [][]string{{"--serial", "deadbeef"}, {"--serial", "wrong"}, {"--id", id(l.namespace, "nobody")}} {
+		if out, err := b.try(append([]string{"signet", "ca", "revoke", "--reason", "test"}, bad...)...); err == nil {
+			t.Errorf("kubectl signet ca revoke %q is taken:\n%s", bad, out)
+		}
+	}
+	if list := b.revoked("revoked"); len(list.Certificates) != 0 {
+		t.Fatalf("after bad input: %+v", list)
+	}
+
+	began := time.Now()
+	ended := make(chan time.Duration, 1)
+	go func() { // the first call that is refused
+		for time.Since(began) < 2*revokedWithin {
+			if _, err := b.tunnelled(node1, server, stolen); err != nil {
+				ended <- time.Since(began)
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		close(ended)
+	}()
+	list := b.revoked("revoke", "--serial", strings.ToUpper(serial), "--reason", "copied from a disk")
+	took := time.Since(began)
+	at, refused := <-ended
+	t.Logf("the copy was refused %s after the command began, which returned after %s", at.Round(10*time.Millisecond), took.Round(10*time.Millisecond))
+	if !refused || at > revokedWithin {
+		t.Errorf("the copy is of use for longer than %s", revokedWithin)
+	}
+	if len(list.Certificates) != 1 || list.Certificates[0].Serial != serial || list.Certificates[0].ID != id(l.namespace, "client") ||
+		!list.Certificates[0].Refused || list.Acting != 2 || list.Nodes != 2 {
+		t.Errorf("the command answers %+v", list)
+	}
+	gone := func(when string) {
+		t.Helper()
+		for range 100 {
+			if by, err := b.tunnelled(node1, server, stolen); err == nil {
+				t.Fatalf("%s the copy is of use: %q", when, by)
+			}
+		}
+	}
+	gone("after the revocation")
+	if _, now := b.copied(node2, id(l.namespace, "client")); now == serial {
+		t.Error("the workload has the revoked certificate still")
+	}
+	time.Sleep(2 * time.Second)
+	_, far := l.loads(l.namespace, "far", began)
+	_, near := l.loads(l.namespace, "near", began)
+	t.Logf("new connections meanwhile: far %d, %d failed, %d streams ended; near %d, %d failed", far.OK+far.Failed, far.Failed, far.StreamFailed, near.OK+near.Failed, near.Failed)
+	// Those that were asked for as the old tunnels ended are in them.
+	if far.OK == 0 || far.Failed > far.OK/20 || near.OK == 0 || near.Failed+near.StreamFailed+near.Wrong > 0 {
+		t.Errorf("far %+v, near %+v", far, near)
+	}
+	b.eventually(20*time.Second, func() string {
+		got := b.kubectl("get", "meshconfig", "mesh", "-o", `jsonpath={.status.conditions[?(@.type=="Programmed")].status} {.status.programmedNodes} of {.status.nodes}`)
+		if got != "True 2 of 2" {
+			return "the MeshConfig's status says " + got
+		}
+		return ""
+	})
+	b.roll("control")
+	gone("after both replicas were replaced")
+	if list := b.revoked("revoked"); len(list.Certificates) != 1 || list.Certificates[0].Reason != "copied from a disk" {
+		t.Errorf("after both replicas were replaced: %+v", list)
+	}
+
+	// A node's own.
+	th := b.steal(node2, node1)
+	renew := func(conn *grpc.ClientConn) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		_, err := nodev1.NewNodeClient(conn).Renew(ctx, &nodev1.RenewRequest{Csr: csr(t)})
+		return err
+	}
+	pods, err := b.client.CoreV1().Pods(system).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=control"})
+	if err != nil || len(pods.Items) != 2 {
+		t.Fatalf("%d replicas, %v", len(pods.Items), err)
+	}
+	var conns []*grpc.ClientConn
+	for i := range pods.Items {
+		conns = append(conns, th.dialTo(net.JoinHostPort(pods.Items[i].Status.PodIP, "9443")))
+		if err := renew(conns[i]); err != nil {
+			t.Fatalf("before the revocation the stolen certificate must be good: %v", err)
+		}
+	}
+	began = time.Now()
+	b.revoked("revoke", "--serial", fmt.Sprintf("%x", th.cert.Leaf.SerialNumber.Bytes()), "--reason", "node2 was opened")
+	t.Logf("a node's certificate was revoked everywhere within %s", time.Since(began).Round(10*time.Millisecond))
+	for i, conn := range conns {
+		if err := renew(conn); err == nil || !strings.Contains(err.Error(), "revoked") {
+			t.Errorf("replica %d takes a node's certificate that is revoked: %v", i, err)
+		}
+	}
+	b.kubectl("-n", system, "delete", "pod", b.partOn("agent", "node2"))
+	b.ready()
+	b.waitStatus(l.namespace, allThree)
+	if now := b.steal(node2, node1); now.cert.Leaf.SerialNumber.Cmp(th.cert.Leaf.SerialNumber) == 0 {
+		t.Error("the node has the revoked certificate still")
+	}
+	b.kubectl("patch", "meshconfig", "mesh", "--type=merge", "-p", `{"spec":{"revoked":null}}`)
+}
+
+// dialTo connects to one replica of the control plane.
+func (t *thief) dialTo(address string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(t.tls())),
+		grpc.WithContextDialer(func(ctx context.Context, to string) (net.Conn, error) { return t.seat.DialContext(ctx, "tcp", to) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
