@@ -281,6 +281,7 @@ func TestRights(t *testing.T) {
 			create tokenreviews.authentication.k8s.io
 			get allowpolicies.signet.dev
 			get endpointslices.discovery.k8s.io
+			get federations.signet.dev
 			get meshconfigs.signet.dev
 			get namespaces
 			get pods
@@ -288,17 +289,20 @@ func TestRights(t *testing.T) {
 			get services
 			list allowpolicies.signet.dev
 			list endpointslices.discovery.k8s.io
+			list federations.signet.dev
 			list meshconfigs.signet.dev
 			list namespaces
 			list pods
 			list quarantines.signet.dev
 			list services
 			patch allowpolicies/status.signet.dev
+			patch federations/status.signet.dev
 			patch meshconfigs/status.signet.dev
 			patch namespaces
 			patch quarantines/status.signet.dev
 			watch allowpolicies.signet.dev
 			watch endpointslices.discovery.k8s.io
+			watch federations.signet.dev
 			watch meshconfigs.signet.dev
 			watch namespaces
 			watch pods
@@ -309,10 +313,12 @@ func TestRights(t *testing.T) {
 			create leases.coordination.k8s.io
 			create secrets
 			get configmaps signet-bundle
+			get configmaps signet-federation
 			get configmaps signet-joins
 			get leases.coordination.k8s.io signet-control
 			get secrets signet-ca,signet-jwt
 			patch configmaps signet-bundle
+			update configmaps signet-federation
 			update configmaps signet-joins
 			update leases.coordination.k8s.io signet-control
 			update secrets signet-ca,signet-jwt`,
@@ -330,11 +336,13 @@ func TestRights(t *testing.T) {
 		"cluster signet-operator": `
 			get allowpolicies.signet.dev
 			get customresourcedefinitions.apiextensions.k8s.io
+			get federations.signet.dev
 			get meshconfigs.signet.dev
 			get namespaces
 			get nodes
 			get quarantines.signet.dev
 			list allowpolicies.signet.dev
+			list federations.signet.dev
 			list meshconfigs.signet.dev
 			list namespaces
 			list nodes
@@ -460,6 +468,46 @@ func TestVolumes(t *testing.T) {
 	}
 }
 
+// Holds that the bundle is shown where the values say, that the certificate of the
+// web's authorities is what the Secret has, and that nothing of it is there unless it
+// was asked for.
+func TestBundleEndpoint(t *testing.T) {
+	flags := func(r release) (out []string) {
+		for _, arg := range r.deployments[0].Spec.Template.Spec.Containers[0].Args {
+			if strings.Contains(arg, "bundle") || strings.Contains(arg, "web") || strings.Contains(arg, "oidc") {
+				out = append(out, arg)
+			}
+		}
+		return out
+	}
+	if got := flags(render(t)); len(got) > 0 {
+		t.Errorf("by default: %q", got)
+	}
+	r := render(t, "federation.spiffe.enabled=true", "federation.web.enabled=true", "federation.web.certificateSecret=public", "federation.web.oidcIssuer=https://oidc.mesh.example", "federation.service.type=NodePort", "networkPolicy.enabled=true")
+	want := []string{"--bundle-refresh-hint=5m", "--bundle-listen=:8443", "--bundle-web-listen=:8444", "--web-certificate=/etc/signet/web/tls.crt", "--web-key=/etc/signet/web/tls.key", "--oidc-issuer=https://oidc.mesh.example"}
+	if got := flags(r); !slices.Equal(got, want) {
+		t.Errorf("flags %q, want %q", got, want)
+	}
+	at := slices.IndexFunc(r.services, func(s corev1.Service) bool { return s.Name == "signet-federation" })
+	if at < 0 || r.services[at].Spec.Type != corev1.ServiceTypeNodePort || len(r.services[at].Spec.Ports) != 2 || r.services[at].Spec.Ports[0].Port != 8443 || r.services[at].Spec.Ports[1].Port != 443 {
+		t.Errorf("services %+v", r.services)
+	}
+	pod := r.deployments[0].Spec.Template.Spec
+	if !slices.ContainsFunc(pod.Volumes, func(v corev1.Volume) bool {
+		return v.Name == "web" && v.Secret != nil && v.Secret.SecretName == "public"
+	}) {
+		t.Errorf("volumes %+v", pod.Volumes)
+	}
+	for _, p := range r.services[at].Spec.Ports {
+		if !slices.ContainsFunc(pod.Containers[0].Ports, func(c corev1.ContainerPort) bool { return c.Name == p.TargetPort.String() }) {
+			t.Errorf("the Service leads to a port %s that is none", &p.TargetPort)
+		}
+	}
+	if in := r.networks[0].Spec.Ingress; len(in) != 3 {
+		t.Errorf("the network policy lets in %+v", in)
+	}
+}
+
 func projected(pod corev1.PodSpec) *corev1.ServiceAccountTokenProjection {
 	for _, v := range pod.Volumes {
 		if v.Projected != nil {
@@ -491,6 +539,10 @@ func TestSchemaRefuses(t *testing.T) {
 		{"proxy.drainSeconds=1h", "drainSeconds"},
 		{"agent.resources.limits.memory=null", "memory"},
 		{"agent.privileged=false", "privileged"},
+		{"federation.web.enabled=true", "certificateSecret"},
+		{"federation.web.oidcIssuer=https://oidc.example", "oidcIssuer"},
+		{"federation.refreshHint=often", "refreshHint"},
+		{"federation.service.type=Headless", "type"},
 		{"trustdomain=mesh.example", "trustdomain"},
 	} {
 		_, errs, err := helm(t.Context(), t, "template", "signet", "chart/signet", "--set", "trustDomain=mesh.example", "--set", c.set)
@@ -504,7 +556,7 @@ func TestSchemaRefuses(t *testing.T) {
 // definitions are what their sources say.
 func TestManifestsAreCurrent(t *testing.T) {
 	definitions, err := filepath.Glob("crds/*.yaml")
-	if err != nil || len(definitions) != 3 {
+	if err != nil || len(definitions) != 4 {
 		t.Fatal(definitions, err)
 	}
 	for _, name := range definitions {

@@ -130,7 +130,7 @@ var rules = map[string]rule{
 	"internal/control": {own: []string{"api/...", "authz", "ca", "ca/caserver", "ca/pkcs11", "internal/adminserver", "internal/fanout", "internal/federation", "internal/manifest", "internal/mesh", "internal/tally", "internal/unixsocket", "xds", "xds/xdsserver"},
 		outside: []string{spiffe, grpc, protobuf, envoy, metrics, "golang.org/x/sync/..."},
 		why:     "composition of the control plane; nothing of the agent's"},
-	"internal/kube": {own: []string{"api/node/v1", "api/v1alpha1", "authz", "ca", "ca/caserver", "internal/fanout", "internal/mesh", "internal/wholefile"},
+	"internal/kube": {own: []string{"api/node/v1", "api/v1alpha1", "authz", "ca", "ca/caserver", "internal/fanout", "internal/federation", "internal/mesh", "internal/wholefile"},
 		outside: []string{spiffe, "k8s.io/...", "golang.org/x/sync/errgroup", "golang.org/x/time/rate"},
 		why:     "objects of an API server become facts, and what became of them is written back; it serves nobody"},
 	"internal/lab": {outside: []string{unix, "github.com/vishvananda/..."},

@@ -35,6 +35,7 @@ var resources = map[string]schema.GroupVersionResource{
 	v1alpha1.KindAllowPolicy:           v1alpha1.Resource("allowpolicies"),
 	v1alpha1.KindQuarantine:            v1alpha1.Resource("quarantines"),
 	v1alpha1.KindMeshConfig:            v1alpha1.Resource("meshconfigs"),
+	v1alpha1.KindFederation:            v1alpha1.Resource("federations"),
 }
 
 // parse reads YAML documents.
@@ -117,7 +118,7 @@ func TestCluster(t *testing.T) {
 	server := kubeapiserver.Start(t, developer, controlPlane)
 	admin := as(t, server, kubeapiserver.Admin)
 	files, err := filepath.Glob("../../deploy/crds/*.yaml")
-	if err != nil || len(files) != 3 {
+	if err != nil || len(files) != 4 {
 		t.Fatalf("%v %v", files, err)
 	}
 	for _, file := range files {
@@ -131,7 +132,7 @@ func TestCluster(t *testing.T) {
 	create(t, admin, chartFile(t, "rbac-roles.yaml"))
 	create(t, admin, chartFile(t, "admission.yaml"))
 	create(t, admin, namespace("shop", ""))
-	for _, kind := range []string{v1alpha1.KindAllowPolicy, v1alpha1.KindQuarantine, v1alpha1.KindMeshConfig} {
+	for _, kind := range []string{v1alpha1.KindAllowPolicy, v1alpha1.KindQuarantine, v1alpha1.KindMeshConfig, v1alpha1.KindFederation} {
 		kubeapiserver.Eventually(t, 30*time.Second, func() error {
 			_, err := admin.Resource(resources[kind]).List(t.Context(), metav1.ListOptions{})
 			return err
@@ -139,6 +140,7 @@ func TestCluster(t *testing.T) {
 	}
 	t.Run("documents", func(t *testing.T) { testDocuments(t, admin) })
 	t.Run("mesh config", func(t *testing.T) { testMeshConfig(t, admin) })
+	t.Run("federation", func(t *testing.T) { testFederation(t, admin) })
 	t.Run("round trip", func(t *testing.T) { testRoundTrip(t, admin) })
 	t.Run("admission", func(t *testing.T) { testAdmission(t, server) })
 	t.Run("roles", func(t *testing.T) { testRoles(t, server) })
@@ -308,6 +310,29 @@ func testMeshConfig(t *testing.T, admin dynamic.Interface) {
 	}
 	_, err = configs.Update(t.Context(), o, metav1.UpdateOptions{})
 	check(t, "an edit of the trust domain", err, "a trust domain cannot be edited")
+}
+
+// testFederation: what cannot be followed is refused, in words that name the fix.
+func testFederation(t *testing.T, admin dynamic.Interface) {
+	for spec, message := range map[string]string{
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: https_web}`:                                                                           "",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://10.0.0.1:8443/a?b=c", profile: https_spiffe, endpointSPIFFEID: "spiffe://partner.example/signet/bundle", bundle: "{}"}`: "",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: https_spiffe, endpointSPIFFEID: "spiffe://third.example/bundle"}`:                     "",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: https_spiffe, endpointSPIFFEID: "spiffe://partner.example/signet/bundle"}`:            "bundle is missing",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: https_spiffe}`:                                                                        "endpointSPIFFEID is missing",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: https_web, endpointSPIFFEID: "spiffe://partner.example/x"}`:                           "has no meaning with the profile https_web",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: https_spiffe, endpointSPIFFEID: "spiffe://partner.example"}`:                          "must be a SPIFFE ID with a path",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle", profile: http}`:                                                                                `supported values: "https_spiffe", "https_web"`,
+		`{trustDomain: partner.example, bundleEndpointURL: "http://partner.example/bundle", profile: https_web}`:                                                                            "must be an https URL",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://me@partner.example/bundle", profile: https_web}`:                                                                        "must be an https URL",
+		`{trustDomain: partner.example, bundleEndpointURL: "https://partner.example/bundle#x", profile: https_web}`:                                                                         "must be an https URL",
+		`{trustDomain: partner.example, bundleEndpointURL: "https:///bundle", profile: https_web}`:                                                                                          "must be an https URL",
+		`{trustDomain: "spiffe://partner.example", bundleEndpointURL: "https://partner.example/bundle", profile: https_web}`:                                                                "must be a bare name",
+		`{bundleEndpointURL: "https://partner.example/bundle", profile: https_web}`:                                                                                                         "spec.trustDomain: Required value",
+	} {
+		document := "apiVersion: signet.dev/v1alpha1\nkind: Federation\nmetadata: {name: partner}\nspec: " + spec + "\n"
+		check(t, document, try(t, admin, parse(t, document)[0]), message)
+	}
 }
 
 // tooMany has one entry more than may be revoked at a time.

@@ -46,6 +46,9 @@ const (
 	// ConditionProgrammed says whether every node that the object concerns
 	// acts by its newest generation.
 	ConditionProgrammed = "Programmed"
+	// ConditionFetched says whether another trust domain's bundle could be fetched
+	// when it was last tried. What was fetched before stays believed.
+	ConditionFetched = "Fetched"
 )
 
 // Reasons of the conditions in a status.
@@ -53,5 +56,7 @@ const (
 	ReasonValid      = "Valid"      // Accepted is True
 	ReasonInvalid    = "Invalid"    // Accepted is False; the message names each field and its fault
 	ReasonProgrammed = "Programmed" // Programmed is True
-	ReasonPending    = "Pending"    // Programmed is False: some nodes have not confirmed yet
+	ReasonPending    = "Pending"    // Programmed is False: some nodes have not confirmed yet; Fetched is False: it is not tried yet
+	ReasonFetched    = "Fetched"    // Fetched is True
+	ReasonFailing    = "Failing"    // Fetched is False; the message says why
 )

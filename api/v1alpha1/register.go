@@ -27,6 +27,7 @@ func AddToScheme(s *runtime.Scheme) error {
 		&AllowPolicy{}, &AllowPolicyList{},
 		&Quarantine{}, &QuarantineList{},
 		&MeshConfig{}, &MeshConfigList{},
+		&Federation{}, &FederationList{},
 	)
 	metav1.AddToGroupVersion(s, SchemeGroupVersion)
 	return nil

@@ -94,8 +94,6 @@ func run(ctx context.Context, args []string) error {
 	switch {
 	case o.kubernetes && o.documents != "":
 		return errors.New("--config and --kubernetes: give one of them; a mesh has one source")
-	case o.kubernetes && o.federation.SPIFFEListen+o.federation.WebListen != "":
-		return errors.New("--bundle-listen and --bundle-web-listen: work on one machine only; replicas in a cluster do not share the bundle's number yet")
 	case o.kubernetes:
 		return o.inCluster(ctx, log)
 	case o.documents == "":
@@ -147,6 +145,8 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		Federation:   o.federation,
 		Log:          log,
 	}
+	cfg.Federation.Store = kube.NewPublished(client, o.namespace)
+	cfg.Federation.Copies = watcher.BundleCopies
 	if _, port, err := net.SplitHostPort(cfg.Listen); err == nil { // else it is a socket, which no other replica reaches
 		cfg.Replicas = func() []string { return watcher.Replicas(o.namespace, o.identity, port) }
 	}
@@ -156,7 +156,7 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 		watcher.FollowNodes(facts.Own, facts.Others)
 		leader := &kube.Leader{
 			Client: client, Namespace: o.namespace, Identity: o.identity, Watcher: watcher,
-			Reports: facts.Reports, Bundle: facts.Bundle, Log: log,
+			Reports: facts.Reports, Federations: facts.Federations, Bundle: facts.Bundle, Log: log,
 		}
 		return leader.Run(ctx)
 	}

@@ -39,7 +39,7 @@ var (
 const oldestMinor = 30
 
 // crds are the resources that the chart brings.
-var crds = []string{"allowpolicies.signet.dev", "meshconfigs.signet.dev", "quarantines.signet.dev"}
+var crds = []string{"allowpolicies.signet.dev", "federations.signet.dev", "meshconfigs.signet.dev", "quarantines.signet.dev"}
 
 // installs is what whoever installs the chart must be allowed to.
 func installs(namespace string) []kubeclient.Access {

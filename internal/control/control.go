@@ -27,6 +27,7 @@ import (
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/fanout"
+	"github.com/signet-mesh/signet/internal/federation"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/unixsocket"
 	"github.com/signet-mesh/signet/xds"
@@ -50,6 +51,8 @@ type Facts struct {
 	Reports, Own func() []caserver.NodeReport
 	// Others is which steps each other replica has taken.
 	Others func() [][]caserver.Step
+	// Federations is how this replica's following of other trust domains goes.
+	Federations func() []federation.Status
 	// Bundle returns the roots, and a channel that is closed when they are no
 	// longer current.
 	Bundle func() ([]*x509.Certificate, <-chan struct{})
@@ -258,7 +261,7 @@ func (c *control) serve(ctx context.Context) error {
 	g.Go(func() error { return c.serveAdmin(ctx, admin, agents) })
 	if c.cfg.Attend != nil {
 		g.Go(func() error {
-			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Others: c.peers.steps, Bundle: authority.BundleUpdates})
+			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Others: c.peers.steps, Federations: follower.Status, Bundle: authority.BundleUpdates})
 		})
 	}
 	c.log.Info("control plane serves", "trustDomain", td.Name(), "revision", first.Revision)

@@ -34,7 +34,7 @@ type FederationConfig struct {
 	// Store keeps the document that is shown, Copies the last good copy of
 	// another trust domain's. Nil: files below the state directory.
 	Store  federation.Store
-	Copies func(spiffeid.TrustDomain) federation.Store
+	Copies func(own, td spiffeid.TrustDomain) federation.Store
 }
 
 // Check refuses what makes no sense. The errors name flags of signet-control.
@@ -67,14 +67,14 @@ func (c *FederationConfig) Check(jwtKeyLife time.Duration) error {
 }
 
 // follower follows other trust domains.
-func (c *control) follower(td spiffeid.TrustDomain) *federation.Follower {
-	copies := c.cfg.Federation.Copies
-	if copies == nil {
-		copies = func(td spiffeid.TrustDomain) federation.Store {
-			return federation.File(filepath.Join(FederationDir(c.cfg.StateDir), "bundle-"+td.Name()+".json"))
+func (c *control) follower(own spiffeid.TrustDomain) *federation.Follower {
+	copies := func(td spiffeid.TrustDomain) federation.Store {
+		if c.cfg.Federation.Copies != nil {
+			return c.cfg.Federation.Copies(own, td)
 		}
+		return federation.File(filepath.Join(FederationDir(c.cfg.StateDir), "bundle-"+td.Name()+".json"))
 	}
-	return &federation.Follower{Own: td, Store: copies, Log: c.log}
+	return &federation.Follower{Own: own, Store: copies, Log: c.log}
 }
 
 // publish serves the mesh's own bundle; nil: to nobody.

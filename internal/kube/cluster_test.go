@@ -60,7 +60,7 @@ func installCRDs(t *testing.T, c *Client) {
 			t.Fatal(err)
 		}
 	}
-	for _, resource := range []string{"meshconfigs", "allowpolicies", "quarantines"} {
+	for _, resource := range []string{"meshconfigs", "allowpolicies", "quarantines", "federations"} {
 		eventually(t, 20*time.Second, func() error {
 			_, err := c.Objects.Resource(v1alpha1.Resource(resource)).List(t.Context(), metav1.ListOptions{})
 			return err
@@ -163,6 +163,7 @@ func TestOnAPIServer(t *testing.T) {
 	t.Run("join", func(t *testing.T) { testJoin(t, c, as) })
 	t.Run("root", func(t *testing.T) { testRoot(t, c, as) })
 	t.Run("jwt keys", func(t *testing.T) { testJWTKeys(t, c, as) })
+	t.Run("federation", func(t *testing.T) { testFederation(t, c, as) })
 	t.Run("rights", func(t *testing.T) { testRights(t, as) })
 }
 

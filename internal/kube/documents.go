@@ -108,6 +108,7 @@ type documents struct {
 	config      *v1alpha1.MeshConfig // nil: there is none
 	policies    []v1alpha1.AllowPolicy
 	quarantines []v1alpha1.Quarantine
+	federations federations
 	model       *authz.Model
 	diagnostics []authz.Diagnostic
 	sum         sum // of the model
@@ -118,8 +119,16 @@ func (d *documents) compile(td spiffeid.TrustDomain) {
 		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
 	})
 	slices.SortFunc(d.quarantines, func(a, b v1alpha1.Quarantine) int { return strings.Compare(a.Name, b.Name) })
-	d.model, d.diagnostics = authz.Compile(td, d.policies, d.quarantines...)
-	d.sum = sumOf("documents", d.model.Content())
+	d.federations = parseFederations(td, d.federations.docs)
+	domains := authz.Domains{Own: td}
+	for i := range d.federations.follow {
+		domains.Foreign = append(domains.Foreign, d.federations.follow[i].TrustDomain)
+	}
+	d.model, d.diagnostics = domains.Compile(d.policies, d.quarantines...)
+	d.sum = sumOf("documents", struct {
+		authz.Content
+		Federations []mesh.Federation `json:",omitempty"`
+	}{d.model.Content(), d.federations.follow})
 }
 
 // view assembles what is in force. It shares the index's tables, which are
@@ -129,6 +138,7 @@ func (x *index) view(s settings, d *documents, r *revocations) *mesh.View {
 		TrustDomain: s.td, SVIDTTL: s.ttl, SVIDKeyType: s.keyType, RootNotBefore: s.rootNotBefore, RootDistrustedBefore: s.rootDistrustedBefore, Revoked: r.list, RefuseUnknown: s.refuseUnknown,
 		Namespaces: x.modes, Plain: x.plain, Excluded: x.excluded,
 		Workloads: x.workloads.values, Services: x.serviceSet.values,
+		Federations: d.federations.follow,
 	}
 	h := sha256.New()
 	head, err := json.Marshal(struct {

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 
 	"github.com/signet-mesh/signet/ca/caserver"
+	"github.com/signet-mesh/signet/internal/federation"
 )
 
 const (
@@ -38,6 +39,9 @@ type Leader struct {
 	// Reports is what the nodes of the mesh say, whichever replica they are
 	// connected to.
 	Reports func() []caserver.NodeReport
+	// Federations says how the following of other trust domains goes; nil: none
+	// is followed.
+	Federations func() []federation.Status
 	// Bundle returns the trust domain's roots, and a channel that is closed
 	// when they are no longer current.
 	Bundle func() ([]*x509.Certificate, <-chan struct{})

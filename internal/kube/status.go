@@ -16,6 +16,7 @@ import (
 	"github.com/signet-mesh/signet/api/v1alpha1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/ca/caserver"
+	"github.com/signet-mesh/signet/internal/federation"
 )
 
 // statusPeriod is how often what became of things is looked at. What has not
@@ -28,14 +29,17 @@ type statusWriter struct {
 	client  *Client
 	watcher *Watcher
 	reports func() []caserver.NodeReport
-	log     *slog.Logger
-	now     func() time.Time
-	events  eventWriter
-	failed  map[string]time.Time // what could not be written, and when it is tried again
+	// followed says how the following of other trust domains goes; nil: nobody
+	// follows any.
+	followed func() []federation.Status
+	log      *slog.Logger
+	now      func() time.Time
+	events   eventWriter
+	failed   map[string]time.Time // what could not be written, and when it is tried again
 }
 
 func newStatusWriter(l *Leader) *statusWriter {
-	s := &statusWriter{client: l.Client, watcher: l.Watcher, reports: l.Reports, log: l.Log, now: time.Now, failed: map[string]time.Time{}}
+	s := &statusWriter{client: l.Client, watcher: l.Watcher, reports: l.Reports, followed: l.Federations, log: l.Log, now: time.Now, failed: map[string]time.Time{}}
 	s.events = newEventWriter(l.Client, l.Log)
 	return s
 }
@@ -94,6 +98,7 @@ func (s *statusWriter) write(ctx context.Context, snap *snapshot) {
 		s.object(ctx, "meshconfigs", v1alpha1.KindMeshConfig, &doc.ObjectMeta, doc.Status.Conditions,
 			was, snap.faults, on, of, "the last good settings are in force: ")
 	}
+	s.federationStatus(ctx, &snap.documents.federations)
 	for _, obj := range s.watcher.namespaceStore.List() {
 		ns := obj.(*corev1.Namespace)
 		s.namespace(ctx, ns, p.namespace(ns.Name, snap))
@@ -111,18 +116,31 @@ type written struct {
 // already. A negative count is none.
 func (s *statusWriter) object(ctx context.Context, resource, kind string, meta *metav1.ObjectMeta, have []metav1.Condition, was written, faults []string, on, of int, effect string) {
 	now := written{meta.Generation, int32(on), int32(of)}
-	want := []metav1.Condition{{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: v1alpha1.ReasonValid, Message: "valid"}}
-	if len(faults) > 0 {
-		want[0].Status, want[0].Reason, want[0].Message = metav1.ConditionFalse, v1alpha1.ReasonInvalid, bounded(effect+strings.Join(faults, "; "))
-	}
+	want := []metav1.Condition{accepted(faults, effect)}
+	status := map[string]any{}
 	if on >= 0 {
+		status["programmedNodes"], status["nodes"] = int64(on), int64(of)
 		c := metav1.Condition{Type: v1alpha1.ConditionProgrammed, Status: metav1.ConditionTrue, Reason: v1alpha1.ReasonProgrammed, Message: fmt.Sprintf("on %d of %d nodes", on, of)}
 		if on < of {
 			c.Status, c.Reason = metav1.ConditionFalse, v1alpha1.ReasonPending
 		}
 		want = append(want, c)
 	}
-	same := was == now && len(have) == len(want)
+	s.put(ctx, resource, kind, meta, have, want, was == now, status)
+}
+
+// accepted is the condition of an object with these faults.
+func accepted(faults []string, effect string) metav1.Condition {
+	c := metav1.Condition{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionTrue, Reason: v1alpha1.ReasonValid, Message: "valid"}
+	if len(faults) > 0 {
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, v1alpha1.ReasonInvalid, bounded(effect+strings.Join(faults, "; "))
+	}
+	return c
+}
+
+// put writes a status, unless the rest of it is the same and so are the conditions.
+func (s *statusWriter) put(ctx context.Context, resource, kind string, meta *metav1.ObjectMeta, have, want []metav1.Condition, same bool, status map[string]any) {
+	same = same && len(have) == len(want)
 	for i := range want {
 		want[i].ObservedGeneration = meta.Generation
 		want[i].LastTransitionTime = metav1.NewTime(s.now().Truncate(time.Second))
@@ -140,10 +158,7 @@ func (s *statusWriter) object(ctx context.Context, resource, kind string, meta *
 	if same {
 		return
 	}
-	status := map[string]any{"observedGeneration": meta.Generation}
-	if on >= 0 {
-		status["programmedNodes"], status["nodes"] = int64(on), int64(of)
-	}
+	status["observedGeneration"] = meta.Generation
 	var conditions []any
 	for i := range want {
 		c, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&want[i])

@@ -32,9 +32,10 @@ type Watcher struct {
 	core    informers.SharedInformerFactory
 	objects dynamicinformer.DynamicSharedInformerFactory
 	caches
-	configs, policies, quarantines cache.Indexer
-	synced                         map[string]func() bool // by resource
-	warned                         map[string]bool        // services whose port was skipped; the loop's own
+	configs, policies, quarantines, federations cache.Indexer
+
+	synced map[string]func() bool // by resource
+	warned map[string]bool        // services whose port was skipped; the loop's own
 
 	mu      sync.Mutex
 	pending *dirty        // guarded by mu
@@ -100,6 +101,7 @@ func NewWatcher(client *Client, log *slog.Logger) (*Watcher, error) {
 		{"meshconfigs", object("meshconfigs"), &w.configs, typed[v1alpha1.MeshConfig], document},
 		{"allowpolicies", object("allowpolicies"), &w.policies, typed[v1alpha1.AllowPolicy], document},
 		{"quarantines", object("quarantines"), &w.quarantines, typed[v1alpha1.Quarantine], document},
+		{"federations", object("federations"), &w.federations, typed[v1alpha1.Federation], document},
 	} {
 		*k.store = k.informer.GetIndexer()
 		if err := k.informer.SetTransform(k.transform); err != nil {
@@ -310,6 +312,7 @@ func (f *follower) read() {
 	for _, obj := range w.quarantines.List() {
 		docs.quarantines = append(docs.quarantines, *obj.(*v1alpha1.Quarantine))
 	}
+	docs.federations.docs = listFederations(w.federations)
 	f.documents, f.faults = docs, nil
 	if docs.config == nil {
 		f.faults = []string{fmt.Sprintf("MeshConfig %q is missing; it has to name the trust domain", v1alpha1.MeshConfigName)}

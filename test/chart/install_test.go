@@ -220,7 +220,7 @@ func (b *bench) enforce() {
 // gone fails the test when the API server still has something of Signet.
 func (b *bench) gone() {
 	b.Helper()
-	b.kubectl("delete", "crd", "allowpolicies.signet.dev", "meshconfigs.signet.dev", "quarantines.signet.dev", "--ignore-not-found")
+	b.kubectl("delete", "crd", "allowpolicies.signet.dev", "federations.signet.dev", "meshconfigs.signet.dev", "quarantines.signet.dev", "--ignore-not-found")
 	b.kubectl("delete", "namespace", "signet-system", "--ignore-not-found", "--timeout=2m")
 	kinds := "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings,customresourcedefinitions,namespaces"
 	for line := range strings.Lines(b.kubectl("get", kinds, "-o", "name")) {

@@ -1,6 +1,7 @@
 {{/*
 What the programs are called with, all in one place. Nothing here depends on
-values but the trust domain, the drain, and the folders of CNI and kubelet.
+values but the trust domain, the drain, the folders of CNI and kubelet, and the
+bundle endpoint.
 */}}
 {{- define "signet.flags.control" -}}
 - --kubernetes
@@ -9,6 +10,22 @@ values but the trust domain, the drain, and the folders of CNI and kubelet.
 - --health-listen=:9440
 - --admin-listen=127.0.0.1:9441
 - --state-dir=/var/lib/signet
+{{- with .Values.federation }}
+{{- if or .spiffe.enabled .web.enabled }}
+- --bundle-refresh-hint={{ .refreshHint }}
+{{- end }}
+{{- if .spiffe.enabled }}
+- --bundle-listen=:8443
+{{- end }}
+{{- if .web.enabled }}
+- --bundle-web-listen=:8444
+- --web-certificate=/etc/signet/web/tls.crt
+- --web-key=/etc/signet/web/tls.key
+{{- with .web.oidcIssuer }}
+- --oidc-issuer={{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "signet.flags.agent" -}}
