@@ -85,7 +85,7 @@ ALONE = $(shell $(GO) list ./... | grep -v '/test/kube$$')
 
 .PHONY: test-cluster
 test-cluster: PLATFORMS := linux/$(shell $(GO) env GOARCH)
-test-cluster: root deps-debian kube-tools images ## Run the end-to-end tests on a real cluster of two nodes; KEEP=1 leaves it
+test-cluster: root deps-debian tools kube-tools images ## Run the end-to-end tests on a real cluster of two nodes; KEEP=1 leaves it
 	@echo "test-cluster: go test ./test/kube"
 	@SIGNET_VERSION="$(VERSION)" KEEP="$(KEEP)" $(GO) test -v -count=1 -timeout=$(if $(SIGNET_TEST_LONG),170m -tags=long,70m) $(TESTFLAGS) ./test/kube/
 

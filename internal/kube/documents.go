@@ -152,9 +152,9 @@ func (x *index) view(s settings, d *documents, r *revocations) *mesh.View {
 		Namespaces map[string]mesh.Mode
 		Plain      map[string]bool
 		Excluded   map[string]string
-		Revoked    []mesh.Revocation `json:",omitempty"`
-		Refused    int               `json:",omitempty"` // a node that says that it is at this revision refuses so many
-	}{2, s.td.Name(), s.ttl, s.keyType, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded, r.list, r.refused})
+		Revoked    []string `json:",omitempty"`
+		Refused    int      `json:",omitempty"` // a node that says that it is at this revision refuses so many
+	}{2, s.td.Name(), s.ttl, s.keyType, s.refuseUnknown, s.rootNotBefore, s.rootDistrustedBefore, x.modes, x.plain, x.excluded, r.named(), r.refused})
 	if err != nil {
 		panic(fmt.Sprintf("kube: encode revision: %v", err))
 	}

@@ -52,6 +52,15 @@ func (r *revocations) read(spec *v1alpha1.MeshConfigSpec, now time.Time) (faults
 	return faults
 }
 
+// named says what is revoked and why, in the same words at every replica: since when
+// is what each has seen itself.
+func (r *revocations) named() (out []string) {
+	for _, one := range r.list {
+		out = append(out, one.Serial+" "+one.Reason)
+	}
+	return out
+}
+
 // look counts what is refused by now, and reports whether anything has changed.
 func (r *revocations) look(now time.Time) bool {
 	refused := 0

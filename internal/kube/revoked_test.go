@@ -36,6 +36,13 @@ func TestRevokedWithMistakes(t *testing.T) {
 	if !r.look(now) || r.refused != 2 || !r.pending() {
 		t.Errorf("%d are refused at once, want those without an instant and with one that is over", r.refused)
 	}
+	var other revocations // another replica, which reads it later
+	other.read(&spec, now.Add(time.Second))
+	other.look(now.Add(time.Second))
+	x := newIndex(caches{}, testDomain, nil)
+	if a, b := x.view(settings{td: testDomain}, &documents{}, &r), x.view(settings{td: testDomain}, &documents{}, &other); a.Revision != b.Revision {
+		t.Error("two replicas name the same list differently, and neither knows which nodes act by the other's")
+	}
 	r.read(&spec, now.Add(time.Second)) // an edit elsewhere
 	if r.look(now.Add(time.Second)) {
 		t.Error("the same list counts as a change")

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -60,6 +61,13 @@ func (b *bench) copied(node *cluster.Node, id string) (cert *tls.Certificate, se
 // tunnelled calls a pod's port through a tunnel of its own from a node, and returns
 // the name of the pod that answers.
 func (b *bench) tunnelled(seat *cluster.Node, ip string, cert *tls.Certificate) (string, error) {
+	return b.tunnelledBy(seat, ip, &tls.Config{
+		Certificates: []tls.Certificate{*cert}, MinVersion: tls.VersionTLS13,
+		InsecureSkipVerify: true, //nolint:gosec // who answers is not what is tested
+	})
+}
+
+func (b *bench) tunnelledBy(seat *cluster.Node, ip string, config *tls.Config) (string, error) {
 	ctx, cancel := context.WithTimeout(b.Context(), 10*time.Second)
 	defer cancel()
 	raw, err := seat.DialContext(ctx, "tcp", net.JoinHostPort(ip, "15008"))
@@ -67,10 +75,8 @@ func (b *bench) tunnelled(seat *cluster.Node, ip string, cert *tls.Certificate) 
 		return "", err
 	}
 	defer raw.Close()
-	conn := tls.Client(raw, &tls.Config{
-		Certificates: []tls.Certificate{*cert}, NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS13,
-		InsecureSkipVerify: true, //nolint:gosec // who answers is not what is tested
-	})
+	config.NextProtos = []string{"h2"}
+	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return "", err
 	}
@@ -106,12 +112,15 @@ type revocations struct {
 
 func (b *bench) revoked(args ...string) (list revocations) {
 	b.Helper()
-	out, err := b.command(b.Context(), "kubectl", append([]string{"signet", "ca"}, append(args, "-o", "json")...)...).Output()
+	cmd := b.command(b.Context(), "kubectl", append([]string{"signet", "ca"}, append(args, "-o", "json")...)...)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
 	if err == nil {
 		err = json.Unmarshal(out, &list)
 	}
 	if err != nil {
-		b.Fatalf("kubectl signet ca %q: %v\n%s", args, err, out)
+		b.Fatalf("kubectl signet ca %q: %v\n%s%s", args, err, out, said.String())
 	}
 	return list
 }
