@@ -498,6 +498,10 @@ func TestBundleEndpoint(t *testing.T) {
 	}) {
 		t.Errorf("volumes %+v", pod.Volumes)
 	}
+	if pod := render(t, "federation.webAuthorities=roots").deployments[0].Spec.Template.Spec; !slices.ContainsFunc(pod.Volumes, func(v corev1.Volume) bool { return v.ConfigMap != nil && v.ConfigMap.Name == "roots" }) ||
+		!slices.ContainsFunc(pod.Containers[0].VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/etc/ssl/certs" }) {
+		t.Errorf("the web's authorities: %+v", pod.Volumes)
+	}
 	for _, p := range r.services[at].Spec.Ports {
 		if !slices.ContainsFunc(pod.Containers[0].Ports, func(c corev1.ContainerPort) bool { return c.Name == p.TargetPort.String() }) {
 			t.Errorf("the Service leads to a port %s that is none", &p.TargetPort)

@@ -61,6 +61,9 @@ func (a *app) revokeInCluster(ctx context.Context, c *link, f revokeFlags) (list
 	if err != nil {
 		return list, err
 	}
+	if before.Now.IsZero() {
+		return list, errors.New("the control plane is of an older version, which does not read spec.revoked; upgrade it first")
+	}
 	// Certificates and objects have whole seconds; who renews has two of them left.
 	since := metav1.NewTime(before.Now.UTC().Truncate(time.Second).Add(time.Second))
 	for i := range found {
@@ -177,6 +180,9 @@ func (a *app) issuedTo(ctx context.Context, replicas []*link, id string) (found 
 		if h.ID == whose.String() {
 			add(revocation(h.Serial, h.ID, h.NotAfter))
 		}
+	}
+	for _, m := range held.Missing {
+		_, _ = fmt.Fprintf(a.err, "signet: node %s did not answer (%s); a certificate that only it knows may be missing.\n", m.Node, output.Clean(m.Error))
 	}
 	if a.now().Sub(begun) < longestTTL {
 		_, _ = fmt.Fprintf(a.err, "signet: a replica of the control plane has known what it issued since %s only; a certificate of %s that was issued before by one that is gone may still be good. A Quarantine cuts all of it off.\n", instant(begun), output.Clean(whose.String()))

@@ -319,8 +319,8 @@ func (f *follower) read() {
 		return
 	}
 	s, faults := parseConfig(docs.config)
-	faults = append(faults, f.revoked.read(&docs.config.Spec, time.Now())...)
-	for _, fault := range faults {
+	// A mistake in a revocation is said, and keeps no other setting out of force.
+	for _, fault := range slices.Concat(faults, f.revoked.read(&docs.config.Spec, time.Now())) {
 		f.faults = append(f.faults, fmt.Sprintf("MeshConfig %q: %s", v1alpha1.MeshConfigName, fault))
 	}
 	switch {

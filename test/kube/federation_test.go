@@ -159,6 +159,7 @@ spec:
 			{"op":"add","path":"/spec/template/spec/containers/0/args/-","value":"--bundle-listen=:8443"},
 			{"op":"add","path":"/spec/template/spec/containers/0/args/-","value":"--bundle-refresh-hint=1s"}]`)
 	})
+	b.kubectl("-n", system, "rollout", "status", "deployment/signet-control", "--timeout=2m") // the second one
 	s, err := b.client.CoreV1().Services(system).Get(b.Context(), "signet-federation", metav1.GetOptions{})
 	if err != nil {
 		b.Fatal(err)
@@ -169,18 +170,11 @@ spec:
 // sequences returns the number that each replica shows, for the same keys.
 func (b *bench) sequences(from *cluster.Node) (out []int) {
 	b.Helper()
-	pods, err := b.client.CoreV1().Pods(system).List(b.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=control"})
-	if err != nil {
-		b.Fatal(err)
-	}
-	for i := range pods.Items {
-		if pods.Items[i].DeletionTimestamp != nil {
-			continue
-		}
+	for _, ip := range b.controlAddrs() {
 		var doc struct {
 			Sequence int `json:"spiffe_sequence"`
 		}
-		if err := json.Unmarshal([]byte(b.shown(from, net.JoinHostPort(pods.Items[i].Status.PodIP, "8443"))), &doc); err != nil {
+		if err := json.Unmarshal([]byte(b.shown(from, net.JoinHostPort(ip, "8443"))), &doc); err != nil {
 			b.Fatal(err)
 		}
 		out = append(out, doc.Sequence)

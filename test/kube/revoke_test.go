@@ -226,13 +226,13 @@ func TestRevokeInCluster(t *testing.T) {
 		_, err := nodev1.NewNodeClient(conn).Renew(ctx, &nodev1.RenewRequest{Csr: csr(t)})
 		return err
 	}
-	pods, err := b.client.CoreV1().Pods(system).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=control"})
-	if err != nil || len(pods.Items) != 2 {
-		t.Fatalf("%d replicas, %v", len(pods.Items), err)
+	replicas := b.controlAddrs()
+	if len(replicas) != 2 {
+		t.Fatalf("replicas at %q", replicas)
 	}
 	var conns []*grpc.ClientConn
-	for i := range pods.Items {
-		conns = append(conns, th.dialTo(net.JoinHostPort(pods.Items[i].Status.PodIP, "9443")))
+	for i, ip := range replicas {
+		conns = append(conns, th.dialTo(net.JoinHostPort(ip, "9443")))
 		if err := renew(conns[i]); err != nil {
 			t.Fatalf("before the revocation the stolen certificate must be good: %v", err)
 		}
@@ -252,6 +252,22 @@ func TestRevokeInCluster(t *testing.T) {
 		t.Error("the node has the revoked certificate still")
 	}
 	b.kubectl("patch", "meshconfig", "mesh", "--type=merge", "-p", `{"spec":{"revoked":null}}`)
+}
+
+// controlAddrs are the addresses of the control plane's replicas, but for those that
+// end.
+func (b *bench) controlAddrs() (ips []string) {
+	b.Helper()
+	pods, err := b.client.CoreV1().Pods(system).List(b.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=control"})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for i := range pods.Items {
+		if p := &pods.Items[i]; p.DeletionTimestamp == nil && p.Status.PodIP != "" {
+			ips = append(ips, p.Status.PodIP)
+		}
+	}
+	return ips
 }
 
 // dialTo connects to one replica of the control plane.
