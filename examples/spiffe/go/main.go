@@ -7,10 +7,10 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"time"
@@ -92,6 +92,10 @@ func call(address string, config *tls.Config) error {
 		return err
 	}
 	defer c.Close()
-	_, err = io.Copy(os.Stdout, c)
-	return err
+	line, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return err
+	}
+	fmt.Print(line)
+	return nil
 }

@@ -62,10 +62,10 @@ def serve(source, host, port, client):
 def call(source, address, server):
     conn = dial(address, source, authorize_fn=authorize_id(server))
     try:
-        while data := conn.recv(4096):
-            print(data.decode(), end='', flush=True)
-    except SSL.ZeroReturnError:
-        pass  # the server has said all
+        line = b''
+        while not line.endswith(b'\n'):
+            line += conn.recv(4096)
+        print(line.decode(), end='', flush=True)
     finally:
         conn.close()
 

@@ -5,6 +5,9 @@ import io.spiffe.provider.SpiffeSslContextFactory.SslContextOptions;
 import io.spiffe.spiffeid.SpiffeId;
 import io.spiffe.workloadapi.DefaultX509Source;
 import io.spiffe.workloadapi.X509Source;
+import java.io.BufferedReader;
+import java.io.EOFException;
+import java.io.InputStreamReader;
 import java.net.InetAddress;
 import java.nio.charset.StandardCharsets;
 import java.security.cert.X509Certificate;
@@ -97,8 +100,12 @@ public final class Main {
         // A context of its own, so that no session is resumed.
         try (SSLSocket socket = (SSLSocket) context(source, server).getSocketFactory().createSocket(host, port)) {
             socket.startHandshake();
-            socket.getInputStream().transferTo(System.out);
-            System.out.flush();
+            BufferedReader in = new BufferedReader(new InputStreamReader(socket.getInputStream(), StandardCharsets.UTF_8));
+            String line = in.readLine();
+            if (line == null) {
+                throw new EOFException("the server says nothing");
+            }
+            System.out.println(line);
         }
     }
 }
