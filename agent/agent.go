@@ -168,7 +168,9 @@ func Run(ctx context.Context, cfg Config) error {
 	a.svids = svid.New(svid.Config{Issuer: issuer{a}, JWTIssuer: issuer{a}, Dir: filepath.Join(cfg.StateDir, "svids"), Log: cfg.Log})
 	a.relay = relay.New(relay.Config{Cache: filepath.Join(cfg.StateDir, "xds.pb"), Keys: a.svids, Draining: func(id string) bool { return instance.Draining(cfg.RunDir, id) }, Log: cfg.Log})
 	if cfg.Pods != nil && cfg.Pods.Kubelet != "" {
-		a.volumes = csi.New(volumeConfig(cfg), volumeAgent{a}, a.svids)
+		volumes := volumeConfig(cfg)
+		volumes.Refused = a.refusals.Add
+		a.volumes = csi.New(volumes, volumeAgent{a}, a.svids)
 	}
 	a.loadState()
 	return a.serve(ctx)

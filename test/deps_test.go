@@ -84,7 +84,7 @@ var rules = map[string]rule{
 		why: "reads the kernel's cgroup facts, for whoever has to judge them"},
 	"agent/capture/nft": {own: []string{"internal/mesh"}, outside: []string{unix, "github.com/google/nftables/...", "github.com/mdlayher/netlink/..."}, banned: []string{"net/http", "os/exec"},
 		why: "the words that packet rules are made of, in a pod and on its node"},
-	"agent/csi": {own: []string{"agent/svid", "internal/mesh", "internal/svidfiles", "internal/unixsocket", "internal/wholefile"}, outside: []string{spiffe, grpc, protobuf, unix, "golang.org/x/sync/errgroup", "github.com/container-storage-interface/spec/...", "k8s.io/kubelet/pkg/apis/pluginregistration/v1"}, banned: []string{"net/http", "os/exec"},
+	"agent/csi": {own: []string{"agent/refusal", "agent/svid", "internal/mesh", "internal/svidfiles", "internal/unixsocket", "internal/wholefile"}, outside: []string{spiffe, grpc, protobuf, unix, "golang.org/x/sync/errgroup", "github.com/container-storage-interface/spec/...", "k8s.io/kubelet/pkg/apis/pluginregistration/v1"}, banned: []string{"net/http", "os/exec"},
 		why: "mounts what svid has for the pod that kubelet names; who that pod is, is the agent's to say"},
 	"agent/cni": {own: []string{"api/cni/v1", "internal/unixsocket"},
 		why: "the gate that a pod waits behind; what it waits for is the agent's to say"},

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -307,6 +308,11 @@ func TestForged(t *testing.T) {
 			t.Errorf("%s: %v; want %s that says %q", name, err, c.code, c.says)
 		}
 		n.nothing(name)
+		if c.code == codes.FailedPrecondition {
+			n.wantRefused(name, refusal.NotItsOwn, uidA)
+		} else {
+			n.wantRefused(name, "", "")
+		}
 	}
 	// Paths that are no pod's volume.
 	good := n.target(uidA, "svid")
@@ -356,11 +362,13 @@ func TestNobody(t *testing.T) {
 		if err := n.publish(req); status.Code(err) != codes.Unavailable || !strings.Contains(message(err), "does not know this pod yet") {
 			t.Errorf("%s of an unknown pod: %v", content, err)
 		}
+		n.wantRefused("a pod that may yet be known", "", "")
 		n.nothing("unknown")
 		req.VolumeContext[kubeletNamespace] = "outside"
 		if err := n.publish(req); status.Code(err) != codes.FailedPrecondition || !strings.Contains(message(err), "not in the mesh") {
 			t.Errorf("%s of a pod outside of the mesh: %v", content, err)
 		}
+		n.wantRefused(content, refusal.Stranger, uidA)
 		n.nothing("outside")
 	}
 	known := n.pod(uidA, "web-1", "web")

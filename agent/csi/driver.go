@@ -22,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
@@ -66,7 +67,10 @@ type Config struct {
 	// Wait is how long a volume waits for its pod and certificate before kubelet
 	// is told to come again; 10 seconds if zero.
 	Wait time.Duration
-	Log  *slog.Logger
+	// Refused hears of pods that get no volume since they have no identity, or not
+	// the one that is asked for, and must not block. Nil: nobody does.
+	Refused func(refusal.Refusal)
+	Log     *slog.Logger
 }
 
 // Driver keeps the volumes of one node.
@@ -137,15 +141,27 @@ var errPending = errors.New("its certificate is not there yet; the volume is tri
 // errNobody says that a pod has no identity now.
 var errNobody = errors.New("no identity")
 
+// refusedError says that a pod is refused, for good.
+type refusedError struct {
+	kind refusal.Kind
+	error
+}
+
+func (e *refusedError) Unwrap() error { return e.error }
+
 // certificate returns what a volume's files are made of; nil for a socket.
 func (d *Driver) certificate(v *volume) (*svid.SVID, error) {
 	w, err := d.agent.Pod(v.Namespace, v.UID)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%w: %w", errNobody, err)
+		err = fmt.Errorf("%w: %w", errNobody, err)
+		if errors.Is(err, ErrUnknown) {
+			return nil, err
+		}
+		return nil, &refusedError{refusal.Stranger, err}
 	case w.UID != v.UID || w.Namespace != v.Namespace || w.Name != v.Pod || w.ServiceAccount != v.Account:
-		return nil, fmt.Errorf("the control plane knows pod %s as %s/%s with service account %s, and not as %s/%s with service account %s",
-			v.UID, w.Namespace, w.Name, w.ServiceAccount, v.Namespace, v.Pod, v.Account)
+		return nil, &refusedError{refusal.NotItsOwn, fmt.Errorf("the control plane knows pod %s as %s/%s with service account %s, and not as %s/%s with service account %s",
+			v.UID, w.Namespace, w.Name, w.ServiceAccount, v.Namespace, v.Pod, v.Account)}
 	case v.Content == contentSocket:
 		return nil, nil
 	}

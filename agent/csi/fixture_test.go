@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/agent/svid"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
@@ -58,6 +59,7 @@ type node struct {
 	serial  int64                      // guarded by mu
 	told    []string                   // guarded by mu; signals
 	more    []*x509.Certificate        // guarded by mu; of the bundle
+	refused []refusal.Refusal          // guarded by mu; since taken
 }
 
 func newNode(t *testing.T) *node {
@@ -200,9 +202,31 @@ func (n *node) SignalPod(_ context.Context, uid, program string, signal unix.Sig
 	return 1, nil
 }
 
+func (n *node) refuse(r refusal.Refusal) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.refused = append(n.refused, r)
+}
+
+// wantRefused wants one refusal to have been told since the last time, or none
+// for an empty kind.
+func (n *node) wantRefused(what string, kind refusal.Kind, uid string) {
+	n.t.Helper()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	got := n.refused
+	n.refused = nil
+	if kind == "" && len(got) == 0 {
+		return
+	}
+	if len(got) != 1 || got[0].Kind != kind || got[0].Caller.PodUID != uid || got[0].Call != "NodePublishVolume" || got[0].Reason == "" {
+		n.t.Errorf("%s: told %+v, want %q of %s", what, got, kind, uid)
+	}
+}
+
 func (n *node) config() Config {
 	return Config{Version: "test", Node: "node1", Kubelet: n.kubel, Dir: filepath.Join(n.run, "csi"), API: filepath.Join(n.run, "api"),
-		Wait: 200 * time.Millisecond, Log: slog.New(slog.NewTextHandler(n.t.Output(), nil))}
+		Wait: 200 * time.Millisecond, Refused: n.refuse, Log: slog.New(slog.NewTextHandler(n.t.Output(), nil))}
 }
 
 // start runs a driver until the test ends or stop is called.

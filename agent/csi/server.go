@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
+	"github.com/signet-mesh/signet/agent/refusal"
 	"github.com/signet-mesh/signet/internal/unixsocket"
 )
 
@@ -148,6 +149,10 @@ func (s nodeServer) NodePublishVolume(ctx context.Context, req *spec.NodePublish
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	if err := s.d.publish(ctx, v); err != nil {
+		var refused *refusedError
+		if errors.As(err, &refused) && s.d.cfg.Refused != nil {
+			s.d.cfg.Refused(refusal.Refusal{Kind: refused.kind, Call: "NodePublishVolume", Reason: err.Error(), Caller: refusal.Caller{PodUID: v.UID}})
+		}
 		code := codes.FailedPrecondition
 		if errors.Is(err, ErrUnknown) || errors.Is(err, errPending) {
 			code = codes.Unavailable
