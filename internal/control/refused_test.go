@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"log/slog"
+	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
@@ -69,7 +70,7 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	w := httptest.NewRecorder()
-	promhttp.HandlerFor(c.metrics(), promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	promhttp.HandlerFor(c.metrics(), promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	for _, want := range []string{`signet_control_refused_total{reason="node"} 10000`, `signet_control_refused_total{reason="starting"} 1`, `signet_control_refused_total{reason="rate"} 0`} {
 		if !strings.Contains(w.Body.String(), want) {
 			t.Errorf("%q is not in the metrics", want)
