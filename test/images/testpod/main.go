@@ -6,6 +6,7 @@
 //	testpod load ADDR [--rate N] [--conns N] [--echo ADDR] [--want PREFIX] [--idle D]
 //	             [--mark TEXT] [--every D]
 //	testpod tls ADDR --id SPIFFE-ID [--every D]
+//	testpod identity SOCKET [--timeout D]
 //	testpod hold
 //
 // Everything it prints is lines of JSON. SIGTERM and SIGINT end it.
@@ -81,7 +82,7 @@ func valueOf(args []string, name, otherwise string) string {
 
 func run(ctx context.Context, args []string, early done) error {
 	if len(args) == 0 {
-		return errors.New("say what to do: serve, dial, load, tls or hold")
+		return errors.New("say what to do: serve, dial, load, tls, identity or hold")
 	}
 	switch args[0] {
 	case "serve":
@@ -92,11 +93,13 @@ func run(ctx context.Context, args []string, early done) error {
 		return load(ctx, args[1:])
 	case "tls":
 		return callTLS(ctx, args[1:])
+	case "identity":
+		return askIdentity(ctx, args[1:])
 	case "hold":
 		<-ctx.Done()
 		return nil
 	}
-	return fmt.Errorf("%q is none of serve, dial, load, tls and hold", args[0])
+	return fmt.Errorf("%q is none of serve, dial, load, tls, identity and hold", args[0])
 }
 
 // parse reads flags that stand before, between and after other arguments, and
