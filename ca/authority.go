@@ -83,6 +83,7 @@ type Authority struct {
 	changed      chan struct{} // guarded by mu; closed and replaced when the bundle changes
 	renewing     *renewal      // guarded by mu; nil: none is under way
 	renewFailed  time.Time     // guarded by mu; when the last renewal failed; zero: it did not
+	renewErr     error         // guarded by mu; how
 
 	renewals sync.WaitGroup
 

@@ -96,7 +96,7 @@ func (a *Authority) startRenewal() *renewal {
 		default:
 			err = a.useIntermediate(p)
 		}
-		if r.err = err; err == nil {
+		if r.err, a.renewErr = err, err; err == nil {
 			a.renewFailed = time.Time{}
 			return
 		}
@@ -106,6 +106,14 @@ func (a *Authority) startRenewal() *renewal {
 		}
 	})
 	return r
+}
+
+// Renewal says until when the present intermediate is good, and why a new one that
+// is due could not be had; nil: none is due, or it is not known yet.
+func (a *Authority) Renewal() (notAfter time.Time, failed error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.intermediate.cert.NotAfter, a.renewErr
 }
 
 // useIntermediate stores a new intermediate and has it sign. The caller holds mu.

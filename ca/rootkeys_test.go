@@ -137,6 +137,11 @@ func TestHeldRootKey(t *testing.T) {
 			if got := v.names(); got != keys {
 				t.Errorf("at %s the vault holds %q, want %q", want, got, keys)
 			}
+			for _, r := range a.Roots() {
+				if held := r.Key != "" && strings.Contains(keys, r.Key); held != (r.Role != RootFormer) {
+					t.Errorf("at %s the key of the root that is %q is %q", want, r.Role, r.Key)
+				}
+			}
 			if got := keyFiles(t, dir); got != files {
 				t.Errorf("at %s there are %q, want %q", want, got, files)
 			}
@@ -288,6 +293,9 @@ func TestRootKeyHangs(t *testing.T) {
 	v.set(errors.New("the token does not answer"), nil)
 	close(hang)
 	a.renewals.Wait()
+	if until, failed := a.Renewal(); failed == nil || !until.Equal(first.NotAfter) {
+		t.Errorf("good until %s, failed: %v", until, failed)
+	}
 	// Near its end the intermediate is not enough, and the error says why.
 	c.advance(2*time.Hour + 40*time.Minute)
 	_, err := a.Issue(prepare(t, a, time.Hour))
@@ -296,6 +304,9 @@ func TestRootKeyHangs(t *testing.T) {
 	issue(t, a, time.Hour)
 	if a.intermediate.cert.Equal(first) {
 		t.Error("the intermediate was not renewed once the key was back")
+	}
+	if until, failed := a.Renewal(); failed != nil || !until.After(first.NotAfter) {
+		t.Errorf("good until %s, failed: %v", until, failed)
 	}
 }
 

@@ -36,6 +36,9 @@ type Root struct {
 	Role        RootRole
 	Certificate *x509.Certificate
 	Fingerprint Fingerprint // of the certificate
+	// Key is the name of its key where RootKeys keeps it; empty: it is in a file,
+	// or is gone.
+	Key string
 }
 
 // Fingerprint is the SHA-256 of a certificate.
@@ -58,13 +61,19 @@ func (a *Authority) Roots() []Root {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var out []Root
-	add := func(role RootRole, c *x509.Certificate) { out = append(out, Root{role, c, FingerprintOf(c)}) }
-	add(RootSigns, a.roots.signs.cert)
+	add := func(role RootRole, p *pair) {
+		root := Root{Role: role, Certificate: p.cert, Fingerprint: FingerprintOf(p.cert)}
+		if held, ok := p.key.(*heldKey); ok {
+			root.Key = held.name
+		}
+		out = append(out, root)
+	}
+	add(RootSigns, a.roots.signs)
 	if a.roots.next != nil {
-		add(RootNext, a.roots.next.cert)
+		add(RootNext, a.roots.next)
 	}
 	for _, c := range a.roots.further {
-		add(RootFormer, c)
+		add(RootFormer, &pair{cert: c})
 	}
 	return out
 }
@@ -207,7 +216,7 @@ func (a *Authority) useRoots(next rootSet, below *pair) {
 		if err := a.useIntermediate(below); err != nil {
 			a.log.Error("the new intermediate could not be stored; the next start makes another", "err", err)
 		}
-		a.intermediate = below
+		a.intermediate, a.renewFailed, a.renewErr = below, time.Time{}, nil
 		a.log.Info("another root signs", "fingerprint", FingerprintOf(signs).String(), "former", FingerprintOf(was.signs.cert).String())
 	}
 	if next.next != nil && (was.next == nil || !next.next.cert.Equal(was.next.cert)) {

@@ -40,12 +40,15 @@ func (d *caDoc) Text(t *output.Text) {
 	if d.Error != "" {
 		t.Line(output.S(output.Bad, "the last step failed: "+d.Error))
 	}
+	if d.Renewal != "" {
+		t.Line(output.S(output.Bad, "the intermediate could not be renewed, and ends "+until(d.At, d.NotAfter)+": "+d.Renewal))
+	}
 	var rows [][]output.Cell
 	for _, r := range d.Roots {
-		rows = append(rows, []output.Cell{output.C(r.Role), output.C(shortPrint(r.Fingerprint)), output.C(until(d.At, r.NotAfter)), output.C(r.Fingerprint), output.C(instant(r.NotBefore)), output.C(instant(r.NotAfter))})
+		rows = append(rows, []output.Cell{output.C(r.Role), output.C(shortPrint(r.Fingerprint)), output.C(until(d.At, r.NotAfter)), output.C(r.Fingerprint), output.C(instant(r.NotBefore)), output.C(instant(r.NotAfter)), output.C(orDash(r.Key))})
 	}
 	t.Line("")
-	t.Table([]output.Column{{Name: "ROOT"}, {Name: "FINGERPRINT"}, {Name: "EXPIRES"}, {Name: "SHA-256", Wide: true}, {Name: "NOT BEFORE", Wide: true}, {Name: "NOT AFTER", Wide: true}}, rows)
+	t.Table([]output.Column{{Name: "ROOT"}, {Name: "FINGERPRINT"}, {Name: "EXPIRES"}, {Name: "SHA-256", Wide: true}, {Name: "NOT BEFORE", Wide: true}, {Name: "NOT AFTER", Wide: true}, {Name: "KEY IN TOKEN", Wide: true}}, rows)
 	if d.Waits != "" {
 		t.Line("")
 		t.Line(output.S(output.Bad, "It waits: "+d.Waits))
@@ -101,7 +104,8 @@ func (a *app) newCAStatusCommand() *cobra.Command {
 		Short: "Say which roots are published, and who trusts and uses which",
 		Long: `Say which roots are published, and which of them each node trusts and uses.
 
-Exit code 3 when a step of a rotation has failed.`,
+Exit code 3 when a step of a rotation has failed, or the root's key does not sign
+the intermediate that is due.`,
 		Example: `  signet ca status
   signet ca status -o wide    # whole fingerprints
   signet ca status -o json | jq -r '.nodes[] | select(.waits) | .name'`,
@@ -207,7 +211,7 @@ func (a *app) withCA(cmd *cobra.Command, ask func(context.Context, *link) (admin
 	if err := a.printer().Print(doc); err != nil {
 		return err
 	}
-	return findings(s.Error != "")
+	return findings(s.Error != "" || s.Renewal != "")
 }
 
 // replaceRoot has a replacement of the root begin, and follows it, unless nobody

@@ -178,6 +178,14 @@ func (c *control) metrics() *prometheus.Registry {
 		}
 		return 0
 	})
+	gauge("signet_control_renewal_failed", "1 while the root should sign another intermediate, and does not: its key cannot be used.", func() float64 {
+		if a := c.authority.Load(); a != nil {
+			if _, failed := a.Renewal(); failed != nil {
+				return 1
+			}
+		}
+		return 0
+	})
 	r.MustRegister(c.refusals.total)
 	gauge("signet_control_workloads", "Workloads of the mesh.", func() float64 {
 		view, _ := c.feed.Get()

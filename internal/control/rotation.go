@@ -337,8 +337,12 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	for _, root := range roots {
 		c := root.Certificate
 		out.Roots = append(out.Roots, adminv1.RootStatus{
-			Fingerprint: root.Fingerprint.String(), Role: string(root.Role), NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+			Fingerprint: root.Fingerprint.String(), Role: string(root.Role), Key: root.Key, NotBefore: c.NotBefore, NotAfter: c.NotAfter,
 		})
+	}
+	notAfter, failed := r.authority.Renewal()
+	if out.NotAfter = notAfter; failed != nil {
+		out.Renewal = failed.Error()
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -100,6 +100,9 @@ func TestRootKeyInToken(t *testing.T) {
 	}
 	keys(1)
 	notOnDisk(t, m, first)
+	if out, code := m.CLI("ca", "status", "-o", "wide"); code != 0 || !strings.Contains(out, "pkcs11:id=%") {
+		t.Errorf("signet ca status: %d\n%s", code, out)
+	}
 
 	// A rotation under load.
 	loaded, enough := context.WithTimeout(t.Context(), 2*time.Minute)

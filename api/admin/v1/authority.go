@@ -29,6 +29,10 @@ type AuthorityStatus struct {
 	Due time.Time `json:"due,omitzero"`
 	// Error is why the last step failed; empty: it did not.
 	Error string `json:"error,omitempty"`
+	// Renewal is why the root does not sign another intermediate, which is due; empty:
+	// none is. NotAfter is when the present one ends, and issuing with it.
+	Renewal  string    `json:"renewal,omitempty"`
+	NotAfter time.Time `json:"notAfter,omitzero"`
 }
 
 // Issuance is one certificate or token in the issuance log.
@@ -49,8 +53,9 @@ type Issuance struct {
 
 // RootStatus is one published root.
 type RootStatus struct {
-	Fingerprint string    `json:"fingerprint"` // SHA-256 of the certificate
-	Role        string    `json:"role"`        // signs, next or former
+	Fingerprint string    `json:"fingerprint"`   // SHA-256 of the certificate
+	Role        string    `json:"role"`          // signs, next or former
+	Key         string    `json:"key,omitempty"` // its name in a token; empty: it is in none
 	NotBefore   time.Time `json:"notBefore"`
 	NotAfter    time.Time `json:"notAfter"`
 }
