@@ -9,9 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/signet-mesh/signet/test/harness"
@@ -66,23 +68,30 @@ kind: WorkloadEntry
 metadata: {name: app, namespace: shop}
 spec: {serviceAccount: app, attest: {uid: %d, path: %q}}
 `, os.Geteuid(), exe)}})
-	socket := workloadapi.WithAddr("unix://" + filepath.Join(m.RunDir, "api", "agent.sock"))
-	running, n := pids(m), 0
-	fetch := func() (*jwtsvid.SVID, error) { // for an audience that no token is held for
-		n++
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-		defer cancel()
-		client, err := workloadapi.New(ctx, socket)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		return client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: fmt.Sprintf("audience-%d", n)})
+	// Without a library: it would look at tokens by this program's clock.
+	conn, err := grpc.NewClient("unix://"+filepath.Join(m.RunDir, "api", "agent.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
 	}
-	judge := func(token *jwtsvid.SVID) error {
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer conn.Close()
+	client := workload.NewSpiffeWorkloadAPIClient(conn)
+	type token struct{ text, audience string }
+	running, n := pids(m), 0
+	fetch := func() (token, error) { // for an audience that no token is held for
+		n++
+		ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(t.Context(), "workload.spiffe.io", "true"), 10*time.Second)
 		defer cancel()
-		_, err := workloadapi.ValidateJWTSVID(ctx, token.Marshal(), token.Audience[0], socket)
+		audience := fmt.Sprintf("audience-%d", n)
+		got, err := client.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{audience}})
+		if err != nil {
+			return token{}, err
+		}
+		return token{got.GetSvids()[0].GetSvid(), audience}, nil
+	}
+	judge := func(k token) error {
+		ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(t.Context(), "workload.spiffe.io", "true"), 10*time.Second)
+		defer cancel()
+		_, err := client.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: k.audience, Svid: k.text})
 		return err
 	}
 	for _, c := range cases {
@@ -109,16 +118,16 @@ spec: {serviceAccount: app, attest: {uid: %d, path: %q}}
 					t.Errorf("the new token: %v", err)
 				}
 			case status.Code(err) != codes.Unavailable:
-				t.Errorf("a token whose time is wrong: %v, %v", fresh, err)
+				t.Errorf("a token whose time is wrong: %+v, %v", fresh, err)
 			}
 			if said := m.Log()[before:]; !strings.Contains(said, c.says) {
 				t.Errorf("the log does not say %q: %s", c.says, said)
 			}
 			moveClocks(t, m, 0)
 			m.Eventually(resumeWithin, "a token with right clocks", func() error {
-				token, err := fetch()
+				again, err := fetch()
 				if err == nil {
-					err = judge(token)
+					err = judge(again)
 				}
 				return err
 			})
