@@ -321,6 +321,7 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		"signet ca revoke":       {[]string{"ca", "revoke", "--serial", "0a", "--reason", "lost"}, exitGood, exitFailed},
 		"signet ca refused":      {[]string{"ca", "refused"}, exitGood, exitFailed},
 		"signet ca revoked":      {[]string{"ca", "revoked"}, exitGood, exitFailed},
+		"signet conformance":     {nil, exitFindings, exitFindings},
 		"signet version":         {[]string{"version"}, exitGood, exitGood},
 	}
 	for name, c := range commands {
@@ -341,6 +342,8 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 				switch name {
 				case "signet policy check":
 					argv = []string{"policy", "check", writeFile(t, dir, "p.yaml", map[bool]string{true: goodPolicy, false: "kind: Nonsense\n"}[state.name == "well"], 0o600)}
+				case "signet conformance":
+					argv = map[bool][]string{true: {"conformance", "--list"}, false: {"conformance", "--bundle-url", "http://example.org/bundle"}}[state.name == "well"]
 				case "signet check":
 					version := map[bool]string{true: envoyVersion, false: "1.2.3"}[state.name == "well"]
 					argv = []string{"check", "--envoy", fakeEnvoy(t, dir, version)}
