@@ -17,8 +17,10 @@ PLATFORMS ?= linux/amd64,linux/arm64
 REPOSITORY ?= localhost
 # What `make bench` hands on.
 BENCHFLAGS ?=
-# A ztunnel program, for interop and bench.
+# A ztunnel program, and a directory with spire-server and spire-agent, for
+# interop and bench.
 ZTUNNEL ?=
+SPIRE ?=
 # 1: `make build` builds signet-control with PKCS#11, for which cgo is needed.
 PKCS11 ?=
 # 1: quickstart leaves its mesh running.
@@ -217,7 +219,7 @@ manifests-check: ## Check that the chart's copies and deploy/manifests are up to
 	@rm -rf .cache/manifests
 
 .PHONY: bench
-bench: root tools build ## Measure the mesh against raw TCP, static Envoy and ztunnel (ZTUNNEL=PATH), and issuance
+bench: root tools build ## Measure the mesh against raw TCP, static Envoy, ztunnel (ZTUNNEL=PATH), and issuance
 	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(ZTUNNEL)" $(GO) run ./test/bench $(BENCHFLAGS)
 	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -run='^$$' -bench='BenchmarkSDK|BenchmarkDecide' ./sdk/ ./test/e2e/
 	@$(MAKE) --no-print-directory bench-issuance
@@ -227,9 +229,11 @@ bench-issuance: ## Measure how fast certificates are issued, and 10,000 of them 
 	@$(GO) run ./test/bench/issuance -out docs/benchmarks.md
 
 .PHONY: interop
-interop: root tools build ## Run calls between this mesh and a ztunnel, ZTUNNEL=PATH
-	@if [ ! -x "$(ZTUNNEL)" ]; then echo "Name a ztunnel program: make interop ZTUNNEL=/path/to/ztunnel" >&2; exit 2; fi
-	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(abspath $(ZTUNNEL))" $(GO) test -count=1 -timeout=10m -v -tags=interop $(TESTFLAGS) ./test/interop/
+interop: root tools build ## Run calls between this mesh and others' programs: ZTUNNEL=PATH, SPIRE=DIRECTORY, or both
+	@if [ -z "$(ZTUNNEL)$(SPIRE)" ]; then echo "Name a ztunnel program, a directory with spire-server and spire-agent, or both:" >&2; \
+	  echo "make interop ZTUNNEL=/path/to/ztunnel SPIRE=/path/to/bin" >&2; exit 2; fi
+	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(abspath $(ZTUNNEL))" SPIRE="$(abspath $(SPIRE))" $(GO) test -count=1 -timeout=20m -v -tags=interop $(TESTFLAGS) \
+	  $(if $(ZTUNNEL),./test/interop/ztunnel/) $(if $(SPIRE),./test/interop/spire/)
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME

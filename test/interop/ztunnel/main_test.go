@@ -1,6 +1,6 @@
 //go:build interop
 
-package interop
+package ztunnel
 
 import (
 	"fmt"
