@@ -219,14 +219,19 @@ manifests-check: ## Check that the chart's copies and deploy/manifests are up to
 	@rm -rf .cache/manifests
 
 .PHONY: bench
-bench: root tools build ## Measure the mesh against raw TCP, static Envoy, ztunnel (ZTUNNEL=PATH), and issuance
+bench: root tools build ## Measure the mesh against raw TCP, static Envoy, ztunnel (ZTUNNEL=PATH), and issuance, also of SPIRE (SPIRE=DIRECTORY)
 	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(ZTUNNEL)" $(GO) run ./test/bench $(BENCHFLAGS)
 	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -run='^$$' -bench='BenchmarkSDK|BenchmarkDecide' ./sdk/ ./test/e2e/
 	@$(MAKE) --no-print-directory bench-issuance
+	@$(if $(SPIRE),$(MAKE) --no-print-directory bench-spire)
 
 .PHONY: bench-issuance
 bench-issuance: ## Measure how fast certificates are issued, and 10,000 of them again
 	@$(GO) run ./test/bench/issuance -out docs/benchmarks.md
+
+.PHONY: bench-spire
+bench-spire: ## Measure how fast certificates are issued beside SPIRE's server, SPIRE=DIRECTORY
+	@SPIRE="$(abspath $(SPIRE))" $(GO) run ./test/bench/spire -out docs/benchmarks.md
 
 .PHONY: interop
 interop: root tools build ## Run calls between this mesh and others' programs: ZTUNNEL=PATH, SPIRE=DIRECTORY, or both

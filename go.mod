@@ -48,6 +48,8 @@ require (
 
 require github.com/miekg/pkcs11 v1.1.2
 
+require github.com/spiffe/spire-api-sdk v1.2.5-0.20260428072036-00f73a61093a
+
 require (
 	cel.dev/expr v0.25.3 // indirect
 	github.com/Microsoft/go-winio v0.6.2 // indirect
