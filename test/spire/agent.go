@@ -18,9 +18,9 @@ type Agent struct {
 	socket string
 }
 
-// StartAgent joins an agent to the server and waits until it is ready. More are
-// lines of the configuration's agent section, env further variables.
-func (s *Server) StartAgent(ctx context.Context, more string, env []string, log io.Writer) (*Agent, error) {
+// StartAgent joins an agent to the server and waits until it is ready. The caller
+// stops it.
+func (s *Server) StartAgent(ctx context.Context, log io.Writer) (*Agent, error) {
 	dir := filepath.Join(s.options.Dir, "agent")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
@@ -38,13 +38,13 @@ func (s *Server) StartAgent(ctx context.Context, more string, env []string, log 
 		return nil, err
 	}
 	a := &Agent{id: id, socket: filepath.Join(dir, "api.sock")}
-	text := fmt.Sprintf("agent {\n  data_dir = %q\n  log_level = \"INFO\"\n  server_address = %q\n  server_port = \"%d\"\n  socket_path = %q\n  trust_bundle_path = %q\n  trust_domain = %q\n  join_token = %q\n%s}\n"+
+	text := fmt.Sprintf("agent {\n  data_dir = %q\n  log_level = \"INFO\"\n  server_address = %q\n  server_port = \"%d\"\n  socket_path = %q\n  trust_bundle_path = %q\n  trust_domain = %q\n  join_token = %q\n}\n"+
 		"plugins {\n  NodeAttestor \"join_token\" {\n    plugin_data {}\n  }\n  KeyManager \"memory\" {\n    plugin_data {}\n  }\n  WorkloadAttestor \"unix\" {\n    plugin_data {\n      discover_workload_path = true\n    }\n  }\n}\n",
-		dir, s.options.Address.Addr(), s.options.Address.Port(), a.socket, roots, s.options.TrustDomain.Name(), token, more)
+		dir, s.options.Address.Addr(), s.options.Address.Port(), a.socket, roots, s.options.TrustDomain.Name(), token)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
-	if a.process, err = start(s.programs.Agent, []string{"run", "-config", config}, env, log); err != nil {
+	if a.process, err = start(s.programs.Agent, []string{"run", "-config", config}, nil, log); err != nil {
 		return nil, err
 	}
 	if err := a.ready(ctx, func(ctx context.Context) error {

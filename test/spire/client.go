@@ -168,7 +168,7 @@ func (c *Client) NewX509SVIDs(ctx context.Context, entries []string, csr []byte)
 	}
 	leaves := make([][]byte, 0, len(entries))
 	for i, r := range resp.GetResults() {
-		if code := codes.Code(r.GetStatus().GetCode()); code != codes.OK { //nolint:gosec // a gRPC code
+		if code := codes.Code(r.GetStatus().GetCode()); code != codes.OK {
 			return nil, fmt.Errorf("entry %s: %s: %s", entries[i], code, r.GetStatus().GetMessage())
 		}
 		leaves = append(leaves, r.GetSvid().GetCertChain()[0])

@@ -240,8 +240,11 @@ func (s *Server) JoinToken(ctx context.Context) (token string, agent spiffeid.ID
 	var made struct {
 		Value string `json:"value"`
 	}
-	if err := json.Unmarshal(out, &made); err != nil || made.Value == "" {
+	if err := json.Unmarshal(out, &made); err != nil {
 		return "", spiffeid.ID{}, fmt.Errorf("token generate: %w in %s", err, out)
+	}
+	if made.Value == "" {
+		return "", spiffeid.ID{}, fmt.Errorf("token generate: no token in %s", out)
 	}
 	agent, err = spiffeid.FromPath(s.options.TrustDomain, "/spire/agent/join_token/"+made.Value)
 	return made.Value, agent, err

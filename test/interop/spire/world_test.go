@@ -141,7 +141,7 @@ func (w *world) startSPIRE(t *testing.T) {
 		t.Fatalf("%v\n%s", err, w.log.String())
 	}
 	t.Cleanup(w.server.Stop)
-	if w.agent, err = w.server.StartAgent(t.Context(), "", nil, &w.log); err != nil {
+	if w.agent, err = w.server.StartAgent(t.Context(), &w.log); err != nil {
 		t.Fatalf("%v\n%s", err, w.log.String())
 	}
 	t.Cleanup(w.agent.Stop)
