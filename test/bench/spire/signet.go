@@ -38,7 +38,7 @@ var signetTD = spiffeid.RequireTrustDomainFromString("mesh.test")
 // in memory, which shows what the disk costs.
 func (b *bench) signet(ctx context.Context) error {
 	if err := b.controlPlane(ctx, "signet", filepath.Join(b.dir, "signet"), signetAddress,
-		"`signet-control`, node API `Issue`, one certificate a call; each is in the issuance log, synced to the disk, before it is signed"); err != nil {
+		"`signet-control`, node API `Issue`, one certificate a call; each is in the issuance log, synced to the disk, before it is signed, and in the log"); err != nil {
 		return err
 	}
 	dir, err := os.MkdirTemp("/dev/shm", "bench-spire-")
