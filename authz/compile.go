@@ -45,6 +45,7 @@ func (d Domains) Compile(docs []v1alpha1.AllowPolicy, quarantines ...v1alpha1.Qu
 		c.metadata(seen)
 		c.target()
 		c.ports()
+		c.tls()
 		c.from()
 		if len(c.diagnostics) == 0 {
 			policies = append(policies, c.policy)
@@ -109,6 +110,19 @@ func (c *compiler) ports() {
 		default:
 			c.policy.Ports = append(c.policy.Ports, uint16(port))
 		}
+	}
+}
+
+func (c *compiler) tls() {
+	switch c.doc.Spec.TLS {
+	case "":
+	case v1alpha1.TLSTerminate:
+		c.policy.Terminate = true
+		if len(c.doc.Spec.Ports) == 0 {
+			c.fault("spec.tls", "needs spec.ports; name the ports on which the application takes plain bytes from the proxy")
+		}
+	default:
+		c.fault("spec.tls", "%q is not known; write %s, or leave it out", c.doc.Spec.TLS, v1alpha1.TLSTerminate)
 	}
 }
 

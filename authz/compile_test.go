@@ -51,10 +51,18 @@ func TestCompileInvalidGrantsNothing(t *testing.T) {
 	good := v1alpha1.Peer{ServiceAccount: "client"}
 	peer := func(p v1alpha1.Peer) v1alpha1.AllowPolicy { return allowPolicy("shop", "p", "web", nil, good, p) }
 	ports := func(p ...int32) v1alpha1.AllowPolicy { return allowPolicy("shop", "p", "web", p, good) }
+	tls := func(value string, p ...int32) v1alpha1.AllowPolicy {
+		doc := ports(p...)
+		doc.Spec.TLS = value
+		return doc
+	}
 	for _, test := range []struct {
 		doc            v1alpha1.AllowPolicy
 		field, message string
 	}{
+		{tls("terminate"), "spec.tls", "needs spec.ports"},
+		{tls("Terminate", 80), "spec.tls", `"Terminate" is not known; write terminate`},
+		{tls("passthrough", 80), "spec.tls", "is not known"},
 		{allowPolicy("shop", "p", "web", nil), "spec.from", "is empty"},
 		{peer(v1alpha1.Peer{}), "spec.from[1]", "has 0 fields set"},
 		{peer(v1alpha1.Peer{ServiceAccount: "a", Namespace: "b"}), "spec.from[1]", "has 2 fields set"},

@@ -18,6 +18,9 @@ type Policy struct {
 	TargetServiceAccount string
 	// Ports are the ports on the target workload; empty means every port.
 	Ports []uint16
+	// Terminate has mutual TLS that reaches Ports without a tunnel ended in
+	// front of the target. It admits nobody, and without ports it means nothing.
+	Terminate bool
 	// From lists the callers that are admitted; empty admits nobody.
 	From []Pattern
 }
@@ -116,6 +119,25 @@ func (m *Model) Grants(t Target) []Grant {
 	var out []Grant
 	for _, p := range m.protecting(t) {
 		out = append(out, Grant{Policy: p.Key(), Ports: slices.Clone(p.Ports), From: slices.Clone(p.From)})
+	}
+	return out
+}
+
+// Terminated returns the policies that have mutual TLS without a tunnel ended in
+// front of the target, by port: "namespace/name", the first in lexical order when
+// several do. Policies cannot contradict each other about a port: one that does
+// not say Terminate says nothing about it.
+func (m *Model) Terminated(t Target) map[uint16]string {
+	out := map[uint16]string{}
+	for _, p := range m.protecting(t) {
+		if !p.Terminate {
+			continue
+		}
+		for _, port := range p.Ports {
+			if _, known := out[port]; !known {
+				out[port] = p.Key()
+			}
+		}
 	}
 	return out
 }

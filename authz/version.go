@@ -15,6 +15,9 @@ func (m *Model) Version(t Target) string {
 	fmt.Fprintf(h, "%q\n", t.String())
 	for _, p := range m.protecting(t) {
 		fmt.Fprintf(h, "%q %v %q\n", p.Key(), p.Ports, p.From)
+		if p.Terminate {
+			fmt.Fprintf(h, "terminate %q\n", p.Key())
+		}
 	}
 	if m != nil {
 		for _, q := range m.quarantines {
@@ -39,6 +42,8 @@ type PolicyContent struct {
 	Namespace, Name, Target string
 	Ports                   []uint16
 	From                    []string
+	// Absent when it is not, so that meshes without any keep their hashes.
+	Terminate bool `json:",omitempty"`
 }
 
 // QuarantineContent is a Quarantine with its patterns as text.
@@ -51,7 +56,7 @@ type QuarantineContent struct {
 func (m *Model) Content() Content {
 	var out Content
 	for _, p := range m.Policies() {
-		out.Policies = append(out.Policies, PolicyContent{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From)})
+		out.Policies = append(out.Policies, PolicyContent{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From), p.Terminate})
 	}
 	for _, q := range m.Quarantines() {
 		out.Quarantines = append(out.Quarantines, QuarantineContent{q.Name, q.Reason, texts(q.Identities), q.Nodes})

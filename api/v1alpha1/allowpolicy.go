@@ -27,7 +27,12 @@ type AllowPolicy struct {
 	Status AllowPolicyStatus `json:"status,omitzero"`
 }
 
+// TLSTerminate is the value of AllowPolicySpec.TLS.
+const TLSTerminate = "terminate"
+
 // AllowPolicySpec is the body of an AllowPolicy.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.tls) || has(self.ports)",message="tls needs ports: name those on which the application takes plain bytes from the proxy"
 type AllowPolicySpec struct {
 	// Target chooses whom the policy protects.
 	// +optional
@@ -42,6 +47,14 @@ type AllowPolicySpec struct {
 	// +kubebuilder:validation:items:Maximum=65535
 	// +kubebuilder:validation:XValidation:rule="self.all(p, !(p in [15001, 15006, 15008]))",message="15001, 15006 and 15008 belong to the mesh itself and cannot be granted"
 	Ports []int32 `json:"ports,omitempty"`
+	// TLS says what becomes of connections to Ports that arrive without a
+	// tunnel. "terminate": where the caller proves an identity by mutual TLS,
+	// the proxy of the target's node ends that TLS, and the application, which
+	// speaks none, gets what is in it. Who is let in is for all policies of
+	// the target to say, as ever. Ports must be given.
+	// +optional
+	// +kubebuilder:validation:Enum=terminate
+	TLS string `json:"tls,omitempty"`
 	// From lists the callers; one match is enough. At least one is required.
 	// +listType=atomic
 	// +kubebuilder:validation:MinItems=1

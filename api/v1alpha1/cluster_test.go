@@ -202,6 +202,9 @@ func testDocuments(t *testing.T, admin dynamic.Interface) {
 		{policy(`{ports: [80, 15001], from: [{namespace: a}]}`), "belong to the mesh itself"},
 		{policy(`{ports: [15006], from: [{namespace: a}]}`), "belong to the mesh itself"},
 		{policy(`{ports: [15008], from: [{namespace: a}]}`), "belong to the mesh itself"},
+		{policy(`{ports: [80], tls: terminate, from: [{namespace: a}]}`), ""},
+		{policy(`{tls: terminate, from: [{namespace: a}]}`), "tls needs ports"},
+		{policy(`{ports: [80], tls: Terminate, from: [{namespace: a}]}`), `supported values: "terminate"`},
 		{policy(`{port: [80], from: [{namespace: a}]}`), `unknown field "spec.port"`},
 		{policy(`{from: [` + strings.Repeat("{namespace: a}, ", 256) + `{namespace: a}]}`), "must have at most 256 items"},
 

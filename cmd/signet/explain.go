@@ -35,6 +35,9 @@ func (d *explainDoc) Text(t *output.Text) {
 	for _, n := range d.Near {
 		t.Line("  near miss  ", n.Policy, "  ", n.Why)
 	}
+	if d.Terminate != "" {
+		t.Line("  without a tunnel: mutual TLS to port ", d.Port, " is ended in front of the target, by tls: terminate of ", d.Terminate, "; the verdict is the same")
+	}
 	switch d.Mode {
 	case mesh.ModeEnforce.String():
 	case mesh.ModeObserve.String():

@@ -118,6 +118,9 @@ type Explanation struct {
 	Reason  string           `json:"reason"`
 	Policy  string           `json:"policy,omitempty"`
 	Near    []authz.NearMiss `json:"nearMisses,omitempty"`
+	// Terminate is the policy that has mutual TLS without a tunnel ended on the
+	// port, "namespace/name".
+	Terminate string `json:"terminate,omitempty"`
 	// Revision names the policy state of the target, as audit records do.
 	Revision string `json:"revision,omitempty"`
 }

@@ -1585,6 +1585,7 @@ type Policy struct {
 	TargetServiceAccount string                 `protobuf:"bytes,3,opt,name=target_service_account,json=targetServiceAccount,proto3" json:"target_service_account,omitempty"` // empty: the whole namespace
 	Ports                []uint32               `protobuf:"varint,4,rep,packed,name=ports,proto3" json:"ports,omitempty"`                                                     // empty: every port
 	From                 []string               `protobuf:"bytes,5,rep,name=from,proto3" json:"from,omitempty"`                                                               // SPIFFE ID patterns, as authz.Pattern prints them
+	Terminate            bool                   `protobuf:"varint,6,opt,name=terminate,proto3" json:"terminate,omitempty"`                                                    // mutual TLS to the ports that comes without a tunnel is ended there
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1652,6 +1653,13 @@ func (x *Policy) GetFrom() []string {
 		return x.From
 	}
 	return nil
+}
+
+func (x *Policy) GetTerminate() bool {
+	if x != nil {
+		return x.Terminate
+	}
+	return false
 }
 
 var File_api_node_v1_node_proto protoreflect.FileDescriptor
@@ -1778,13 +1786,14 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x05netns\x18\x01 \x01(\tR\x05netns\x12\x1c\n" +
 	"\taddresses\x18\x02 \x03(\tR\taddresses\x12\x1f\n" +
 	"\vprobe_ports\x18\x03 \x03(\rR\n" +
-	"probePorts\"\x9a\x01\n" +
+	"probePorts\"\xb8\x01\n" +
 	"\x06Policy\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
 	"\x16target_service_account\x18\x03 \x01(\tR\x14targetServiceAccount\x12\x14\n" +
 	"\x05ports\x18\x04 \x03(\rR\x05ports\x12\x12\n" +
-	"\x04from\x18\x05 \x03(\tR\x04from2\xa8\x03\n" +
+	"\x04from\x18\x05 \x03(\tR\x04from\x12\x1c\n" +
+	"\tterminate\x18\x06 \x01(\bR\tterminate2\xa8\x03\n" +
 	"\x04Node\x12=\n" +
 	"\x04Join\x12\x1b.signet.node.v1.JoinRequest\x1a\x18.signet.node.v1.NodeSVID\x12?\n" +
 	"\x05Renew\x12\x1c.signet.node.v1.RenewRequest\x1a\x18.signet.node.v1.NodeSVID\x12D\n" +
