@@ -141,7 +141,8 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), plain: newPlaintext(cfg.Log), ipv6: hasIPv6(), poke: make(chan struct{}, 1)}
+	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), ipv6: hasIPv6(), poke: make(chan struct{}, 1)}
+	a.plain = newPlaintext(cfg.Log, a.live.directs)
 	a.rules.applied, a.rules.originals, a.rules.repaired = map[string]ruled{}, map[string]capture.Originals{}, map[string]time.Time{}
 	if cfg.Pods != nil {
 		if a.pods, err = openPods(cfg.RunDir, cfg.Log); err != nil {

@@ -49,6 +49,7 @@ func (a *agent) endTunnels(s *nodeState) (done bool) {
 			a.log.Error("tunnels from before a root was distrusted could not be ended; it is tried again", "workload", w.Key(), "error", err)
 		}
 	}
+	total += a.live.endDirects(s, "a root that was distrusted is withdrawn")
 	a.log.Warn("a distrusted root is withdrawn: tunnels from before were ended", "count", total)
 	return done
 }

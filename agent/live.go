@@ -43,6 +43,7 @@ type liveConn struct {
 	workload string // namespace/name of the destination
 	local    netip.AddrPort
 	remote   netip.AddrPort // the application; its port is what policies name
+	direct   string         // workload and caller, where it came without a tunnel
 }
 
 func newLive(log *slog.Logger) *live {
@@ -66,12 +67,14 @@ func (l *live) load(ctx context.Context, store *audit.Store) error {
 // was ended from here.
 func (l *live) see(e *audit.Event) {
 	r := &e.Record
-	if r.Side != audit.Destination || r.Transport != "mtls" {
+	if r.Side != audit.Destination || r.Transport != "mtls" && r.Transport != audit.Direct {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.seeTunnel(r)
+	if r.Transport == "mtls" {
+		l.seeTunnel(r)
+	}
 	if e.Final {
 		delete(l.conns, r.ID)
 		if why, ok := l.revoked[r.ID]; ok {
@@ -88,7 +91,11 @@ func (l *live) see(e *audit.Event) {
 		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
 		return
 	}
-	l.conns[r.ID] = liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
+	c := liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
+	if r.Transport == audit.Direct {
+		c.direct = caller(c.workload, r.Source.Address)
+	}
+	l.conns[r.ID] = c
 	l.judge(r.ID)
 }
 
@@ -137,6 +144,34 @@ func (l *live) end(id string, c liveConn, w *mesh.Workload, reason string) {
 	case !errors.Is(err, capture.ErrNotFound): // not found: it ended by itself
 		l.log.Error("a connection that is no longer allowed could not be ended", "from", c.from, "to", c.workload, "error", err)
 	}
+}
+
+// directs lists the connections that came without a tunnel and whose callers
+// proved an identity, by workload and caller.
+func (l *live) directs() map[string]bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := map[string]bool{}
+	for _, c := range l.conns {
+		if c.direct != "" {
+			out[c.direct] = true
+		}
+	}
+	return out
+}
+
+// endDirects ends all of those, and returns how many.
+func (l *live) endDirects(s *nodeState, reason string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := 0
+	for id, c := range l.conns {
+		if w := s.workload(c.workload); c.direct != "" && w != nil && w.Capture != nil {
+			l.end(id, c, w, reason)
+			n++
+		}
+	}
+	return n
 }
 
 // forget drops what a dead proxy had open, by record id.

@@ -3,8 +3,10 @@ package agent
 import (
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -141,5 +143,58 @@ func TestLiveQuarantineEndsInObserveToo(t *testing.T) {
 	l.update(s)
 	if len(ended) != 1 || ended[0].Port() != 1001 {
 		t.Fatalf("ended %v, want the connection of %s only", ended, web)
+	}
+}
+
+// TestLiveFollowsDirect: a connection that came without a tunnel, whose caller
+// proved an identity, is ended as others are, is no tunnel, and is known by its
+// caller's address so that it is not taken for plaintext.
+func TestLiveFollowsDirect(t *testing.T) {
+	l := newLive(slog.New(slog.DiscardHandler))
+	var ended []string
+	l.destroy = func(_ string, local, remote netip.AddrPort) error {
+		ended = append(ended, local.String()+" "+remote.String())
+		return nil
+	}
+	direct := func(id, from, address string) *audit.Event {
+		e := opened(id, from, "10.0.0.1:5432")
+		e.Record.Transport, e.Record.Source.Address, e.Record.Source.Serial = audit.Direct, address, "0a"
+		return e
+	}
+	l.update(stateWith(mesh.ModeEnforce, web, batch))
+	l.see(direct("1001", web, "10.0.0.9:4001"))
+	l.see(direct("1002", batch, "10.0.0.9:4002"))
+	tunnelled := opened("1003", batch, "10.0.0.1:5432")
+	tunnelled.Record.Source.Address = "10.0.0.9:4003"
+	l.see(tunnelled)
+	if len(l.tunnels) != 0 {
+		t.Errorf("tunnels: %v", l.tunnels)
+	}
+	known := l.directs()
+	if len(known) != 2 || !known["shop/db 10.0.0.9:4001"] || !known["shop/db 10.0.0.9:4002"] {
+		t.Errorf("known: %v", known)
+	}
+
+	p := newPlaintext(slog.New(slog.DiscardHandler), l.directs)
+	p.sockets = func(string) ([]capture.Socket, error) {
+		var all []capture.Socket
+		for _, peer := range []string{"10.0.0.9:4001", "10.0.0.9:4444"} {
+			all = append(all, capture.Socket{Local: netip.MustParseAddrPort("10.0.0.1:15006"), Remote: netip.MustParseAddrPort(peer), State: capture.Established})
+		}
+		return all, nil
+	}
+	var plain []string
+	p.destroy = func(_ string, _, remote netip.AddrPort) error { plain = append(plain, remote.String()); return nil }
+	p.look(stateWith(mesh.ModeEnforce, web, batch), false, time.Now())
+	if want := []string{"10.0.0.9:4444"}; !slices.Equal(plain, want) {
+		t.Errorf("ended as plaintext: %v, want %v", plain, want)
+	}
+
+	l.update(stateWith(mesh.ModeEnforce, batch))
+	if want := []string{"10.0.0.1:1001 10.0.0.1:5432"}; !slices.Equal(ended, want) {
+		t.Errorf("ended %v, want %v", ended, want)
+	}
+	if n := l.endDirects(stateWith(mesh.ModeEnforce, batch), "gone"); n != 1 || len(ended) != 2 || ended[1] != "10.0.0.1:1002 10.0.0.1:5432" {
+		t.Errorf("ended %d, %v", n, ended)
 	}
 }

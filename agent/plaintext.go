@@ -24,6 +24,10 @@ type plaintext struct {
 	sockets func(netns string) ([]capture.Socket, error)
 	destroy func(netns string, local, remote netip.AddrPort) error
 
+	// proven lists connections without a tunnel whose callers proved an identity.
+	// Policies end those.
+	proven func() map[string]bool
+
 	// done is, by what is refused, when to stop looking: a while after the
 	// proxy has its new listener. Zero: it does not have it. Owned by the
 	// goroutine that captures.
@@ -41,6 +45,9 @@ type closing struct {
 	why   string
 }
 
+// enforces is why plaintext is refused where nobody is quarantined.
+const enforces = "the namespace enforces"
+
 // closed is a connection that was ended from here.
 type closed struct {
 	at  time.Time
@@ -51,9 +58,9 @@ type closed struct {
 // proxy has taken its new one.
 const swapTime = 2 * time.Second
 
-func newPlaintext(log *slog.Logger) *plaintext {
+func newPlaintext(log *slog.Logger, proven func() map[string]bool) *plaintext {
 	return &plaintext{
-		log: log, sockets: capture.Sockets, destroy: capture.Destroy,
+		log: log, proven: proven, sockets: capture.Sockets, destroy: capture.Destroy,
 		done: map[closing]time.Time{}, ended: map[string]closed{},
 	}
 }
@@ -88,7 +95,7 @@ func refusals(s *nodeState, w *mesh.Workload) []closing {
 		return []closing{{w.Capture.NetNS, mesh.PortInbound, why}, {w.Capture.NetNS, mesh.PortOutbound, why}}
 	}
 	if s.modes[w.Namespace] == mesh.ModeEnforce {
-		return []closing{{w.Capture.NetNS, mesh.PortInbound, "the namespace enforces"}}
+		return []closing{{w.Capture.NetNS, mesh.PortInbound, enforces}}
 	}
 	return nil
 }
@@ -102,8 +109,12 @@ func (p *plaintext) end(w *mesh.Workload, r closing, now time.Time) {
 		}
 		return
 	}
+	var proven map[string]bool
+	if r.why == enforces {
+		proven = p.proven()
+	}
 	for _, s := range sockets {
-		if s.Local.Port() != r.port || s.State != capture.Established && s.State != capture.CloseWait {
+		if s.Local.Port() != r.port || proven[caller(w.Key(), s.Remote.String())] || s.State != capture.Established && s.State != capture.CloseWait {
 			continue
 		}
 		switch err := p.destroy(r.netns, s.Local, s.Remote); {

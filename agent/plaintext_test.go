@@ -19,7 +19,7 @@ import (
 // namespace enforces, until the proxy's new listener is surely the only one;
 // others, and those of observe mode, are left alone.
 func TestPlaintextEndsWhenEnforcing(t *testing.T) {
-	p := newPlaintext(slog.New(slog.DiscardHandler))
+	p := newPlaintext(slog.New(slog.DiscardHandler), func() map[string]bool { return nil })
 	socket := func(port uint16, state capture.State, peer string) capture.Socket {
 		return capture.Socket{
 			Local:  netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), port),
@@ -85,7 +85,7 @@ func TestPlaintextEndsWhenEnforcing(t *testing.T) {
 // tunnel ends too, in an observed namespace as well, both what it accepted and
 // what it opened itself; the audit says why.
 func TestQuarantineEndsPlaintext(t *testing.T) {
-	p := newPlaintext(slog.New(slog.DiscardHandler))
+	p := newPlaintext(slog.New(slog.DiscardHandler), func() map[string]bool { return nil })
 	p.sockets = func(string) ([]capture.Socket, error) {
 		var all []capture.Socket
 		for i, port := range []uint16{mesh.PortInbound, mesh.PortOutbound, mesh.PortTunnel, 5432} {

@@ -14,6 +14,7 @@ const (
 	LineInbound   = "in"        // a tunnelled one arrived: opened, ended or was refused
 	LineHandshake = "handshake" // a connection to the tunnel port ended
 	LinePlain     = "plain"     // one without a tunnel ended
+	LineDirect    = "direct"    // one whose TLS was ended on the workload's own port: opened, ended or was refused
 )
 
 // lineFields are the fields of each kind beside the common ones.
@@ -66,6 +67,22 @@ var lineFields = map[string]map[string]string{
 		"tls":     "%DOWNSTREAM_TLS_VERSION%",
 		"failure": "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
 	},
+	LineDirect: {
+		"direct":    "%FILTER_STATE(" + stateDirect + ":PLAIN)%",
+		"peer":      "%FILTER_STATE(" + statePeerURI + ":PLAIN)%",
+		"peerDNS":   "%FILTER_STATE(" + statePeerDNS + ":PLAIN)%",
+		"serial":    "%FILTER_STATE(" + statePeerSerial + ":PLAIN)%",
+		"authority": "%REQ(:AUTHORITY)%",
+		"local":     "%UPSTREAM_LOCAL_ADDRESS%",
+		"dst":       "%UPSTREAM_HOST%",
+		"code":      "%RESPONSE_CODE%",
+		"details":   "%RESPONSE_CODE_DETAILS%",
+		"policy":    "%DYNAMIC_METADATA(envoy.filters.http.rbac:enforced_effective_policy_id)%",
+		"shadow":    "%DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_engine_result)%",
+		"shadowed":  "%DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_effective_policy_id)%",
+		"revision":  routeMeta(metaRevision),
+		"deny":      routeMeta(metaDeny),
+	},
 	LinePlain: {
 		"src":   "%DOWNSTREAM_REMOTE_ADDRESS%",
 		"dst":   "%DOWNSTREAM_LOCAL_ADDRESS%",
@@ -75,8 +92,8 @@ var lineFields = map[string]map[string]string{
 
 // accessLog writes lines of one kind to the audit spool. A file is used, not
 // the gRPC log stream: the stream drops in silence when its receiver stalls or
-// dies; the file is there after a crash of either side. extra are literal
-// key-value pairs, free of '%'.
+// dies; the file is there after a crash of either side. extra are further
+// keys and formats; what comes from documents is free of '%'.
 func (b *builder) accessLog(kind string, extra ...string) []*accesslogv3.AccessLog {
 	if b.opts.AccessLog == "" {
 		return nil

@@ -167,7 +167,10 @@ func (d destination) cluster(name string) *clusterv3.Cluster {
 			ClusterName: name,
 			Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: eps}},
 		},
-		TransportSocket: internalUpstream(),
+		TransportSocket: internalUpstream(&internalv3.InternalUpstreamTransport_MetadataValueSource{
+			Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
+			Name: metadataKey,
+		}),
 	}
 	if plain {
 		c.UpstreamBindConfig = insideNamespace(six)
@@ -209,14 +212,13 @@ func tunnelEndpoint(h hop) *endpointv3.LbEndpoint {
 	}
 }
 
-func internalUpstream() *corev3.TransportSocket {
+// internalUpstream passes shared filter state to an internal listener, and
+// metadata.
+func internalUpstream(metadata ...*internalv3.InternalUpstreamTransport_MetadataValueSource) *corev3.TransportSocket {
 	return &corev3.TransportSocket{
 		Name: "envoy.transport_sockets.internal_upstream",
 		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&internalv3.InternalUpstreamTransport{
-			PassthroughMetadata: []*internalv3.InternalUpstreamTransport_MetadataValueSource{{
-				Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
-				Name: metadataKey,
-			}},
+			PassthroughMetadata: metadata,
 			TransportSocket: &corev3.TransportSocket{
 				Name:       "envoy.transport_sockets.raw_buffer",
 				ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&rawv3.RawBuffer{})},

@@ -34,27 +34,33 @@ func (b *builder) tunnelIn(w *mesh.Workload) *listenerv3.Listener {
 		AccessLog: b.accessLog(LineHandshake, "workload", w.Key()),
 		FilterChains: []*listenerv3.FilterChain{{
 			TransportSocketConnectTimeout: seconds(5),
-			TransportSocket: &corev3.TransportSocket{
-				Name: "tls",
-				ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.DownstreamTlsContext{
-					RequireClientCertificate:         boolValue(true),
-					SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
-					DisableStatefulSessionResumption: true,
-					CommonTlsContext: &tlsv3.CommonTlsContext{
-						TlsParams:             tlsParams(),
-						AlpnProtocols:         []string{"h2"},
-						ValidationContextType: b.validation(InboundSecret),
-						TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{
-							Name: ServerSecret(w.ID), SdsConfig: ads(),
-						}},
-					},
-				})},
-			},
+			TransportSocket:               b.serverTLS(w, "h2"),
 			Filters: []*listenerv3.Filter{
 				namespaceState(w),
 				filter("http", b.connectManager(w)),
 			},
 		}},
+	}
+}
+
+// serverTLS has callers prove an identity, each time anew, and proves the
+// workload's to them.
+func (b *builder) serverTLS(w *mesh.Workload, alpn ...string) *corev3.TransportSocket {
+	return &corev3.TransportSocket{
+		Name: "tls",
+		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.DownstreamTlsContext{
+			RequireClientCertificate:         boolValue(true),
+			SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
+			DisableStatefulSessionResumption: true,
+			CommonTlsContext: &tlsv3.CommonTlsContext{
+				TlsParams:             tlsParams(),
+				AlpnProtocols:         alpn,
+				ValidationContextType: b.validation(InboundSecret),
+				TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{
+					Name: ServerSecret(w.ID), SdsConfig: ads(),
+				}},
+			},
+		})},
 	}
 }
 
@@ -65,13 +71,28 @@ func namespaceState(w *mesh.Workload) *listenerv3.Filter {
 		w.Capture.NetNS, hashable, sfsv3.FilterStateValue_ONCE))
 }
 
+// connectManager takes the CONNECT requests in a tunnel.
 func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager {
+	m := b.manager(w, "in", LineInbound)
+	m.CommonHttpProtocolOptions.MaxConnectionDuration = durationpb.New(b.tunnelLife())
+	m.HttpFilters = append([]*hcmv3.HttpFilter{peerNames()}, m.HttpFilters...)
+	return m
+}
+
+// directManager takes the one CONNECT request of a connection whose TLS was ended
+// on the workload's own port. Who the caller is came along with it.
+func (b *builder) directManager(w *mesh.Workload) *hcmv3.HttpConnectionManager {
+	return b.manager(w, "direct", LineDirect)
+}
+
+// manager takes CONNECT requests of callers whose names are in filter state, and
+// leads those that are let in to the application.
+func (b *builder) manager(w *mesh.Workload, stats, line string) *hcmv3.HttpConnectionManager {
 	return &hcmv3.HttpConnectionManager{
-		StatPrefix:        "in",
+		StatPrefix:        stats,
 		CodecType:         hcmv3.HttpConnectionManager_HTTP2,
 		StreamIdleTimeout: seconds(0), // a database connection may idle for days
 		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
-			MaxConnectionDuration:        durationpb.New(b.tunnelLife()),
 			HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST,
 		},
 		RequestHeadersTimeout: seconds(5),
@@ -81,13 +102,12 @@ func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager 
 			InitialConnectionWindowSize: u32(inboundTunnel),
 		},
 		UpgradeConfigs: []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "CONNECT"}},
-		AccessLog:      b.accessLog(LineInbound, "workload", w.Key()),
+		AccessLog:      b.accessLog(line, "workload", w.Key()),
 		AccessLogOptions: &hcmv3.HttpConnectionManager_HcmAccessLogOptions{
 			FlushLogOnTunnelSuccessfullyEstablished: true,
 		},
 		LocalReplyConfig: denialReply(),
 		HttpFilters: []*hcmv3.HttpFilter{
-			peerNames(),
 			oneIdentity(),
 			applicationPort(),
 			{
@@ -154,21 +174,24 @@ func (b *builder) plainIn(w *mesh.Workload) *listenerv3.Listener {
 	} else if b.view.State.Mode(w.Namespace) == mesh.ModeObserve {
 		cluster = clusterPlain
 	}
-	return &listenerv3.Listener{
+	plain := []*listenerv3.Filter{
+		namespaceState(w),
+		filter("tcp", &tcpv3.TcpProxy{
+			StatPrefix:       "plain",
+			ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
+			IdleTimeout:      seconds(0),
+			AccessLog:        b.accessLog(LinePlain, extra...),
+		}),
+	}
+	out := &listenerv3.Listener{
 		Name:    plainInListener(w),
 		Address: inNamespace(w, anyIPv4, mesh.PortInbound),
 
 		AdditionalAddresses: b.alsoIPv6(w, mesh.PortInbound),
 
 		ListenerFilters: originalDst(),
-		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
-			namespaceState(w),
-			filter("tcp", &tcpv3.TcpProxy{
-				StatPrefix:       "plain",
-				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
-				IdleTimeout:      seconds(0),
-				AccessLog:        b.accessLog(LinePlain, extra...),
-			}),
-		}}},
+		FilterChains:    []*listenerv3.FilterChain{{Filters: plain}},
 	}
+	b.terminate(w, out, cluster == clusterPlain)
+	return out
 }

@@ -40,6 +40,10 @@ const (
 // Filter state that describes a captured connection; read by the access log.
 const stateConn = "signet.conn"
 
+// stateDirect describes a connection whose TLS was ended on the workload's own
+// port; read by the access log.
+const stateDirect = "signet.direct"
+
 // statePool is the filter state key by whose value tunnels are shared.
 const statePool = "signet.pool"
 
@@ -74,6 +78,10 @@ func ParseDestination(name string) (netip.AddrPort, bool) {
 func outboundListener(w *mesh.Workload) string { return "out|" + w.Key() }
 func tunnelInListener(w *mesh.Workload) string { return "in|" + w.Key() }
 func plainInListener(w *mesh.Workload) string  { return "plain|" + w.Key() }
+
+// directName is the internal listener of connections whose TLS was ended on the
+// workload's own port, and the cluster that leads there.
+func directName(w *mesh.Workload) string { return "direct|" + w.Key() }
 
 // RouteName is the RDS name of a workload's inbound policy.
 func RouteName(w *mesh.Workload) string { return "in|" + w.Key() }

@@ -35,13 +35,23 @@ func admits(t *testing.T, rules *configrbacv3.RBAC, from, authority string) bool
 			permitted = permitted || matches(perm.GetHeader().GetStringMatch(), authority)
 		}
 		for _, pr := range p.GetPrincipals() {
-			known = known || matches(pr.GetAuthenticated().GetPrincipalName(), from)
+			known = known || matches(callerName(t, pr), from)
 		}
 		if permitted && known {
 			return true
 		}
 	}
 	return false
+}
+
+// callerName is the comparison of a principal with the name in a caller's
+// certificate; any other kind fails.
+func callerName(t *testing.T, p *configrbacv3.Principal) *matcherv3.StringMatcher {
+	t.Helper()
+	if key := p.GetFilterState().GetKey(); key != statePeerURI {
+		t.Fatalf("a caller is compared by %q: %v", key, p)
+	}
+	return p.GetFilterState().GetStringMatch()
 }
 
 // TestRulesAgreeWithEvaluator: what is compiled for the proxy admits exactly
@@ -138,7 +148,7 @@ func TestRulesAgreeWithEvaluator(t *testing.T) {
 func prefixed(rules *configrbacv3.RBAC, id string) bool {
 	for _, p := range rules.GetPolicies() {
 		for _, pr := range p.GetPrincipals() {
-			if x := pr.GetAuthenticated().GetPrincipalName().GetPrefix(); x != "" && strings.HasPrefix(id, x) {
+			if x := pr.GetFilterState().GetStringMatch().GetPrefix(); x != "" && strings.HasPrefix(id, x) {
 				return true
 			}
 		}
@@ -180,7 +190,7 @@ func TestQuarantineComesFirst(t *testing.T) {
 	}
 	b := cut("spiffe://mesh.test/ns/*/sa/web")
 	got := b.quarantines().GetPolicies()[PolicyQuarantine+"incident-7"].GetPrincipals()
-	if len(got) != 1 || got[0].GetAuthenticated().GetPrincipalName().GetExact() != "spiffe://mesh.test/ns/shop/sa/web" {
+	if len(got) != 1 || callerName(t, got[0]).GetExact() != "spiffe://mesh.test/ns/shop/sa/web" {
 		t.Errorf("the rule names %v, want shop's web", got)
 	}
 	for _, key := range []string{"shop/web", "lab/probe"} { // enforce and observe

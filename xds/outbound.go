@@ -16,12 +16,17 @@ import (
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
-// workloadListeners adds the three listeners of each captured workload.
+// workloadListeners adds the three listeners of each captured workload, and a
+// fourth where TLS is ended on ports of its own.
 func (b *builder) workloadListeners() {
 	for _, w := range b.captured() {
 		b.add(outboundListener(&w), b.outbound(&w))
 		b.add(tunnelInListener(&w), b.tunnelIn(&w))
 		b.add(plainInListener(&w), b.plainIn(&w))
+		if len(b.terminated(&w)) > 0 {
+			b.add(directName(&w), b.directListener(&w))
+			b.add(directName(&w), directCluster(&w))
+		}
 	}
 }
 

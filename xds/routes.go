@@ -103,10 +103,7 @@ const PolicyRevoked = "revoked"
 func revokedSerials(serials []string) *configrbacv3.Policy {
 	out := &configrbacv3.Policy{Permissions: []*configrbacv3.Permission{{Rule: &configrbacv3.Permission_Any{Any: true}}}}
 	for _, s := range serials {
-		out.Principals = append(out.Principals, &configrbacv3.Principal{Identifier: &configrbacv3.Principal_FilterState{FilterState: &matcherv3.FilterStateMatcher{
-			Key:     statePeerSerial,
-			Matcher: &matcherv3.FilterStateMatcher_StringMatch{StringMatch: exactly(s)},
-		}}})
+		out.Principals = append(out.Principals, byState(statePeerSerial, exactly(s)))
 	}
 	return out
 }
@@ -147,11 +144,7 @@ func (b *builder) rbac(w *mesh.Workload, target authz.Target) *rbacv3.RBAC {
 // expanded over the identities that exist.
 func (b *builder) principals(patterns []authz.Pattern) []*configrbacv3.Principal {
 	var out []*configrbacv3.Principal
-	add := func(m *matcherv3.StringMatcher) {
-		out = append(out, &configrbacv3.Principal{Identifier: &configrbacv3.Principal_Authenticated_{
-			Authenticated: &configrbacv3.Principal_Authenticated{PrincipalName: m},
-		}})
-	}
+	add := func(m *matcherv3.StringMatcher) { out = append(out, byState(statePeerURI, m)) }
 	for _, p := range patterns {
 		if id, ok := p.Exact(); ok {
 			add(exactly(id.String()))

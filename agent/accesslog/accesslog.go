@@ -57,6 +57,9 @@ type line struct {
 	TLS        string `json:"tls"`
 	Cipher     string `json:"cipher"`
 	Group      string `json:"group"`
+	// Direct describes a connection whose TLS was ended on the workload's own
+	// port; in a line about a handshake that was to be one it is what was dialled.
+	Direct string `json:"direct"`
 
 	Responded struct {
 		Headers []struct {
@@ -89,6 +92,10 @@ func Decode(b []byte) (audit.Event, bool, error) {
 	switch l.Kind {
 	case xds.LineInbound:
 		inbound(&l, &e)
+	case xds.LineDirect:
+		if err := direct(&l, &e); err != nil {
+			return audit.Event{}, false, err
+		}
 	case xds.LineTunnel:
 		if err := tunnel(&l, &e); err != nil {
 			return audit.Event{}, false, err
@@ -157,6 +164,19 @@ func inbound(l *line, e *audit.Event) {
 	if e.Final && r.Verdict != audit.Denied {
 		r.Ended = flags(l.Flags)
 	}
+}
+
+// direct is a connection whose TLS was ended on the workload's own port. What is
+// known of it beyond its CONNECT stream is in one field; see package xds.
+func direct(l *line, e *audit.Event) error {
+	conn := strings.Fields(l.Direct)
+	if len(conn) != 6 {
+		return fmt.Errorf("access log: direct %q: want number, source, own identity and TLS version, cipher and group", l.Direct)
+	}
+	l.Src, l.Self, l.TLS, l.Cipher, l.Group = conn[1], conn[2], conn[3], conn[4], conn[5]
+	inbound(l, e)
+	e.Record.Transport = audit.Direct
+	return nil
 }
 
 // quarantine returns the name of the quarantine that refused the caller.
@@ -279,10 +299,25 @@ func plain(l *line, e *audit.Event) {
 		r.Ended = flags(l.Flags)
 		return
 	}
-	r.Verdict, r.Reason = audit.Denied, "plaintext: "+l.Workload+" takes only connections whose caller proves an identity"
+	r.Verdict, r.Reason = audit.Denied, plaintextRefused(l.Workload)
 }
 
-// handshake is a connection to the tunnel port that did not become a tunnel.
+func plaintextRefused(workload string) string {
+	return "plaintext: " + workload + " takes only connections whose caller proves an identity"
+}
+
+// noTLS reports whether a handshake failed because what came is no TLS.
+func noTLS(failure string) bool {
+	for _, sign := range []string{"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"} {
+		if strings.Contains(failure, ":"+sign) {
+			return true
+		}
+	}
+	return false
+}
+
+// handshake is a connection to the tunnel port that did not become a tunnel, or
+// one to a port of the workload's own on which TLS is ended.
 func handshake(l *line, e *audit.Event) {
 	r := &e.Record
 	e.Final = true
@@ -291,6 +326,9 @@ func handshake(l *line, e *audit.Event) {
 		r.ID = fmt.Sprintf("handshake-%s-%s", l.Src, l.Start)
 	}
 	r.Side, r.Transport = audit.Destination, "mtls"
+	if l.Direct != "" {
+		r.Transport, l.Dst = audit.Direct, l.Direct
+	}
 	// What the caller's certificate names is no identity: anybody can make one
 	// that names anybody. It is told, and the record is nobody's.
 	r.Source = audit.Party{Address: l.Src}
@@ -300,6 +338,8 @@ func handshake(l *line, e *audit.Event) {
 		r.Reason += fmt.Sprintf("; its certificate names %.256q", l.Peer)
 	}
 	switch {
+	case l.Direct != "" && noTLS(l.Failure):
+		r.Transport, r.Reason = "plaintext", plaintextRefused(l.Workload)
 	case strings.Contains(l.Failure, "_ALERT_CERTIFICATE_UNKNOWN"):
 		// The alert is the caller's, for whom this certificate is not that of
 		// whoever it wanted: the address had another workload before.

@@ -27,6 +27,10 @@ const (
 	Destination Side = "destination"
 )
 
+// Direct is the transport of a connection that came without a tunnel, as mutual
+// TLS of the caller's own, which was ended in front of the destination.
+const Direct = "mtls-direct"
+
 // Record is one connection as one side saw it, or a Refusal.
 type Record struct {
 	// Seq is the position in this node's store, rising by one.
@@ -53,7 +57,7 @@ type Record struct {
 	// Revision is the policy state that decided.
 	Revision string `json:"revision,omitempty"`
 
-	// Transport is "mtls" or "plaintext".
+	// Transport is "mtls", Direct or "plaintext".
 	Transport string `json:"transport"`
 	TLS       *TLS   `json:"tls,omitempty"`
 
