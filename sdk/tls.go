@@ -139,6 +139,9 @@ func (m *Mesh) connect(ctx context.Context, raw net.Conn, want []spiffeid.ID, pr
 	case h.err != nil:
 		m.refused(e, failed, fmt.Sprintf("the peer did not prove that it is %s: %v", oneOf(want), h.err))
 		err = fmt.Errorf("sdk: the peer did not prove that it is %s: %w", oneOf(want), h.err)
+	case errors.As(err, &tls.RecordHeaderError{}):
+		m.refused(e, failed, "what answered speaks no TLS: "+err.Error())
+		err = fmt.Errorf("sdk: %s answered without TLS; where this program is captured, the mesh's tunnel leads straight to the application, so dial it in plain: %w", raw.RemoteAddr(), err)
 	case err != nil:
 		m.refused(e, failed, "the connection broke in the handshake: "+err.Error())
 		err = fmt.Errorf("sdk: handshake with %s: %w", raw.RemoteAddr(), err)
