@@ -60,9 +60,12 @@ type node struct {
 	view *mesh.View
 	log  string // the audit lines
 	set  xds.Set
+	// crls are lists of revoked certificates for tunnels that leave, which this
+	// project's nodes have none of.
+	crls [][]byte
 }
 
-func startNode(t *testing.T, p *pki) *node {
+func startNode(t *testing.T, p *pki, crls ...[]byte) *node {
 	t.Helper()
 	l, err := lab.New(lab.Config{})
 	if err != nil {
@@ -74,7 +77,7 @@ func startNode(t *testing.T, p *pki) *node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	n := &node{pki: p, lab: l, log: filepath.Join(dir, "audit.log")}
+	n := &node{pki: p, lab: l, log: filepath.Join(dir, "audit.log"), crls: crls}
 	n.view = &mesh.View{Revision: "1", Model: policies(), State: &mesh.State{
 		TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), SVIDTTL: time.Hour,
 		Namespaces: map[string]mesh.Mode{"open": mesh.ModeObserve, "shop": mesh.ModeEnforce},
@@ -138,9 +141,11 @@ func (n *node) resources(t *testing.T) xds.Set {
 		}
 		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: b.Bytes()}}
 	}
-	put(xds.BundleSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-		TrustedCa: inline("CERTIFICATE", n.root.der),
-	}}})
+	roots := &tlsv3.CertificateValidationContext{TrustedCa: inline("CERTIFICATE", n.root.der)}
+	if len(n.crls) > 0 {
+		roots.Crl, roots.OnlyVerifyLeafCertCrl = inline("X509 CRL", n.crls...), true
+	}
+	put(xds.BundleSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: roots}})
 	put(xds.InboundSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: xds.InboundTrust(
 		xds.Trust{Domain: n.view.State.TrustDomain, PEM: inline("CERTIFICATE", n.root.der).GetInlineBytes()}, nil)}})
 	for _, w := range n.view.State.OnNode("n1") {
