@@ -321,7 +321,8 @@ func TestDirectRefuses(t *testing.T) {
 // the agent is killed. A revoked certificate is refused.
 //
 // What it defends: that package agent follows these connections as it does those
-// of tunnels, and that it takes none for plaintext.
+// of tunnels, and that it takes none for plaintext; and that inside the proxy none
+// travels with the identity of another that is open.
 func TestDirectEnds(t *testing.T) {
 	grant := terminating("shop", "batch-to-server", "server", []int{8080}, "batch")
 	webGrant := terminating("shop", "web-to-server", "server", []int{8080}, "web")
@@ -346,7 +347,7 @@ func TestDirectEnds(t *testing.T) {
 			t.Errorf("%s: the open connection ended at %v, want within %s", what, at, within)
 		}
 		t.Logf("%s: the connection ended after %s", what, at.Sub(began).Round(time.Millisecond))
-		if r := recordOf(t, m, audit.Destination, h.own); r.Ended != "revoked" || !strings.HasSuffix(r.Reason, "; revoked: "+reason) || r.Transport != audit.Direct {
+		if r := recordOf(t, m, audit.Destination, h.own); r.Ended != "revoked" || !strings.HasSuffix(r.Reason, "; revoked: "+reason) || r.Transport != audit.Direct || r.Source.ID != idWeb {
 			t.Errorf("%s: the audit has %+v; want it revoked: %s", what, r, reason)
 		}
 		stays(what)
@@ -362,7 +363,7 @@ func TestDirectEnds(t *testing.T) {
 
 	ends("policy", holdDirect(t, stranger, serverAt, web, sa("server")), func() {
 		m.Write("policies.yaml", grant+terminating("shop", "web-to-admin", "server", []int{9090}, "web"))
-	}, 3*time.Second, "default deny: 1 policy protects shop/server, it does not admit this caller")
+	}, 3*time.Second, "default deny: 2 policies protect shop/server, none admits this caller")
 	_ = admin.Close()
 
 	m.Edit("policies.yaml", grant+webGrant)

@@ -286,7 +286,40 @@ func TestFederation(t *testing.T) {
 			t.Errorf("after the rotation: %v", err)
 		}
 	})
+	direct := new(held)
+	t.Run("without a tunnel", func(t *testing.T) {
+		beta.Edit("policy.yaml", strings.Replace(allowForeign("web", alphaApp.String()), "ports: [8080]", "ports: [8080], tls: terminate", 1))
+		at, hello := webAddr+":8080", make([]byte, len(greeting))
+		if c, err := tlsDial(ctx, outside, at, with(stolenForge(t, alpha.Mesh).sign(t, nil, "spiffe://alpha.test/ns/shop/sa/other"))); err != nil {
+			t.Errorf("another of alpha: %v", err)
+		} else if b, err := io.ReadAll(c); len(b) > 0 || timedOut(err) {
+			t.Errorf("another of alpha got %q, %v", b, err)
+		}
+		if c, err := tlsDial(ctx, outside, at, with(betaForge.sign(t, nil, alphaApp.String()))); err == nil {
+			if b, err := io.ReadAll(c); len(b) > 0 || timedOut(err) {
+				t.Errorf("alpha's name below beta's root got %q, %v", b, err)
+			}
+		}
+		c, err := spiffeDial(ctx, outside, at, alpha.source, betaWeb.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		direct.Conn = c
+		if _, err := io.ReadFull(c, hello); err != nil || string(hello) != greeting {
+			t.Fatalf("alpha's program got %q, %v", hello, err)
+		}
+		if err := direct.ping(); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("ends", func(t *testing.T) {
+		over := direct.ending()
+		defer func() {
+			if (<-over).IsZero() {
+				t.Error("a connection without a tunnel stays open")
+			}
+			direct.Close()
+		}()
 		beta.Write("policy.yaml", "---\n")
 		if err := os.Remove(filepath.Join(beta.Dir, "federation.yaml")); err != nil {
 			t.Fatal(err)
