@@ -185,7 +185,21 @@ func TestLiveFollowsDirect(t *testing.T) {
 	}
 	var plain []string
 	p.destroy = func(_ string, _, remote netip.AddrPort) error { plain = append(plain, remote.String()); return nil }
-	p.look(stateWith(mesh.ModeEnforce, web, batch), false, time.Now())
+	now := time.Now()
+	p.look(stateWith(mesh.ModeEnforce, web, batch), false, now)
+	if want := []string{"10.0.0.9:4444"}; !slices.Equal(plain, want) {
+		t.Errorf("ended as plaintext: %v, want %v", plain, want)
+	}
+	// Where TLS is ended, a new connection has a moment to prove an identity.
+	terminates := stateWith(mesh.ModeEnforce, web, batch)
+	terminates.model = authz.NewModel([]authz.Policy{{Namespace: "shop", Name: "p", Ports: []uint16{5432}, Terminate: true}})
+	plain = nil
+	p.look(terminates, true, now)
+	p.look(terminates, true, now.Add(proveTime/2))
+	if len(plain) > 0 {
+		t.Errorf("ended before they could prove anything: %v", plain)
+	}
+	p.look(terminates, true, now.Add(swapTime+proveTime))
 	if want := []string{"10.0.0.9:4444"}; !slices.Equal(plain, want) {
 		t.Errorf("ended as plaintext: %v, want %v", plain, want)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/capture"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -32,6 +33,9 @@ type plaintext struct {
 	// proxy has its new listener. Zero: it does not have it. Owned by the
 	// goroutine that captures.
 	done map[closing]time.Time
+	// first is when connections were seen first that had proven no identity, by
+	// workload and caller. Owned by the same.
+	first map[string]time.Time
 
 	mu    sync.Mutex
 	ended map[string]closed // guarded by mu; by workload and caller
@@ -58,10 +62,15 @@ type closed struct {
 // proxy has taken its new one.
 const swapTime = 2 * time.Second
 
+// proveTime is how long a connection to a workload in front of which TLS is ended
+// is let be: until the proxy has ended it, and its audit line is read. Only then
+// the connection is known for what it is.
+const proveTime = 500 * time.Millisecond
+
 func newPlaintext(log *slog.Logger, proven func() map[string]bool) *plaintext {
 	return &plaintext{
 		log: log, proven: proven, sockets: capture.Sockets, destroy: capture.Destroy,
-		done: map[closing]time.Time{}, ended: map[string]closed{},
+		done: map[closing]time.Time{}, first: map[string]time.Time{}, ended: map[string]closed{},
 	}
 }
 
@@ -71,18 +80,27 @@ func (p *plaintext) look(s *nodeState, settled bool, now time.Time) {
 	done := map[closing]time.Time{}
 	for i := range s.workloads {
 		w := &s.workloads[i]
+		terminates := len(s.model.Terminated(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})) > 0
 		for _, r := range refusals(s, w) {
 			until := p.done[r]
 			if until.IsZero() && settled {
 				until = now.Add(swapTime)
+				if terminates {
+					until = until.Add(4 * proveTime)
+				}
 			}
 			done[r] = until
 			if until.IsZero() || now.Before(until) {
-				p.end(w, r, now)
+				p.end(w, r, terminates, now)
 			}
 		}
 	}
 	p.done = done
+	for k, first := range p.first {
+		if now.Sub(first) > time.Minute {
+			delete(p.first, k)
+		}
+	}
 }
 
 // refusals says what of a workload the state refuses.
@@ -100,8 +118,9 @@ func refusals(s *nodeState, w *mesh.Workload) []closing {
 	return nil
 }
 
-// end ends every connection that is refused.
-func (p *plaintext) end(w *mesh.Workload, r closing, now time.Time) {
+// end ends every connection that is refused. Where TLS is ended in front of the
+// workload, a new one may still prove that it is none of those.
+func (p *plaintext) end(w *mesh.Workload, r closing, terminates bool, now time.Time) {
 	sockets, err := p.sockets(r.netns)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
@@ -114,7 +133,10 @@ func (p *plaintext) end(w *mesh.Workload, r closing, now time.Time) {
 		proven = p.proven()
 	}
 	for _, s := range sockets {
-		if s.Local.Port() != r.port || proven[caller(w.Key(), s.Remote.String())] || s.State != capture.Established && s.State != capture.CloseWait {
+		if s.Local.Port() != r.port || s.State != capture.Established && s.State != capture.CloseWait {
+			continue
+		}
+		if key := caller(w.Key(), s.Remote.String()); proven[key] || r.why == enforces && terminates && p.young(key, now) {
 			continue
 		}
 		switch err := p.destroy(r.netns, s.Local, s.Remote); {
@@ -127,6 +149,15 @@ func (p *plaintext) end(w *mesh.Workload, r closing, now time.Time) {
 			p.log.Error("a connection that is no longer allowed could not be ended", "workload", w.Key(), "from", s.Remote, "error", err)
 		}
 	}
+}
+
+// young reports whether a connection was first seen so lately that it may still
+// prove an identity.
+func (p *plaintext) young(key string, now time.Time) bool {
+	if _, known := p.first[key]; !known {
+		p.first[key] = now
+	}
+	return now.Sub(p.first[key]) < proveTime
 }
 
 // see takes an event before it is stored, and says in it when the connection
