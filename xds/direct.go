@@ -106,7 +106,7 @@ func (b *builder) directChain(w *mesh.Workload, port uint16) *listenerv3.FilterC
 				IdleTimeout:         seconds(0),
 				UpstreamConnectMode: tcpv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
 				MaxEarlyDataBytes:   u32(0),
-				AccessLog:           b.accessLog(LineHandshake, "workload", w.Key(), "direct", "%DOWNSTREAM_LOCAL_ADDRESS%"),
+				AccessLog:           b.accessLog(LineHandshake, "workload", w.Key(), "direct", "%DOWNSTREAM_LOCAL_ADDRESS%", "upstream", "%UPSTREAM_HOST%"),
 				TunnelingConfig:     &tcpv3.TcpProxy_TunnelingConfig{Hostname: "%DOWNSTREAM_LOCAL_ADDRESS%"},
 			}),
 		},

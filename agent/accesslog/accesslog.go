@@ -108,8 +108,8 @@ func Decode(b []byte) (audit.Event, bool, error) {
 	case xds.LinePlain:
 		plain(&l, &e)
 	case xds.LineHandshake:
-		if l.Failure == "" {
-			return audit.Event{}, false, nil // the streams in it are the records
+		if l.Failure == "" || l.Direct != "" && l.Upstream != "" {
+			return audit.Event{}, false, nil // the streams in it are the records, also when it broke later
 		}
 		handshake(&l, &e)
 	default:
@@ -174,6 +174,7 @@ func direct(l *line, e *audit.Event) error {
 		return fmt.Errorf("access log: direct %q: want number, source, own identity and TLS version, cipher and group", l.Direct)
 	}
 	l.Src, l.Self, l.TLS, l.Cipher, l.Group = conn[1], conn[2], conn[3], conn[4], conn[5]
+	l.Peer, l.PeerDNS = strings.TrimPrefix(l.Peer, "-"), strings.TrimPrefix(l.PeerDNS, "-") // no such name
 	inbound(l, e)
 	e.Record.Transport = audit.Direct
 	return nil

@@ -80,7 +80,16 @@ func TestDecode(t *testing.T) {
 		"handshake-broken":      {true, audit.Destination, audit.Failed, "mtls", "", "", "", "Connection_reset_by_peer", 0, 0, ""},
 		// A caller that wanted somebody else at this address has not been refused.
 		"handshake-ended-by-caller": {true, audit.Destination, audit.Failed, "mtls", "", "", "", "the caller did not want this destination", 0, 0, ""},
-		"handshake-no-tls":          {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},
+		// Mutual TLS that was ended on a port of the workload's own.
+		"direct-allowed-open":                  {false, audit.Destination, audit.Allowed, audit.Direct, sa("shop", "allowed"), sa("shop", "web"), "shop/to-web", "allowed by shop/to-web", 0, 0, ""},
+		"direct-allowed-end":                   {true, audit.Destination, audit.Allowed, audit.Direct, sa("shop", "allowed"), sa("shop", "web"), "shop/to-web", "allowed by shop/to-web", 78, 253, ""},
+		"direct-denied":                        {true, audit.Destination, audit.Denied, audit.Direct, other, sa("shop", "web"), "", "default deny: 1 policy protects shop/web, it does not admit this caller", 0, 0, ""},
+		"direct-several-names":                 {true, audit.Destination, audit.Denied, audit.Direct, "", server, "", "several names: " + sa("shop", "web") + "," + sa("shop", "batch"), 0, 0, ""},
+		"direct-closed-port":                   {true, audit.Destination, audit.Failed, audit.Direct, sa("shop", "web"), server, "", "the application could not be reached", 0, 0, "UF"},
+		"handshake-direct-without-certificate": {true, audit.Destination, audit.Denied, audit.Direct, "", "", "", "peer_did_not_provide_required_client_certificate", 0, 0, ""},
+		"handshake-direct-no-tls":              {true, audit.Destination, audit.Denied, "plaintext", "", "", "", "plaintext: shop/server takes only", 0, 0, ""},
+		"handshake-direct-broken-later":        {}, // its stream is the record
+		"handshake-no-tls":                     {true, audit.Destination, audit.Denied, "mtls", "", "", "", "HTTP_REQUEST", 0, 0, ""},
 	}
 	for name, line := range lines(t) {
 		t.Run(name, func(t *testing.T) {

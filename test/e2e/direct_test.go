@@ -412,9 +412,17 @@ spec: {reason: a test, serviceAccounts: [shop/web]}
 			t.Errorf("the audit has %+v", r)
 		}
 	}
+	// One that its client resets is one connection, and no failed handshake beside.
 	h := holdDirect(t, stranger, serverAt, web, sa("server"))
-	_ = h.Close()
+	_ = h.Conn.(*tls.Conn).NetConn().(*net.TCPConn).SetLinger(0)
+	_ = h.Conn.(*tls.Conn).NetConn().Close()
+	recordOf(t, m, audit.Destination, h.own)
 	stays("at the end")
+	for _, r := range m.Records(adminclient.AuditQuery{Side: audit.Destination}) {
+		if r.Verdict == audit.Failed || r.Transport != audit.Direct {
+			t.Errorf("the audit has %+v", r)
+		}
+	}
 
 	out, code := m.CLI("policy", "explain", "--from", "shop/web", "--to", "shop/server", "--port", "8080")
 	if code != 0 || !strings.Contains(out, "tls: terminate of shop/batch-to-server") {
