@@ -42,6 +42,9 @@ type Options struct {
 	// RootKeys keeps the keys of the roots that are made, and of those whose names
 	// are in root.key-uri and next-root.key-uri. Nil means beside the roots.
 	RootKeys RootKeys
+	// Above says that roots are those of an authority above, which an Enrolment
+	// puts into RootStore: none is made here.
+	Above bool
 	// JWTKeyLife is how long a key signs JWT-SVIDs before the next one does.
 	// Zero means DefaultJWTKeyLife.
 	JWTKeyLife time.Duration
@@ -67,6 +70,7 @@ type Authority struct {
 	jwtStore        JWTKeyStore
 	rootStore       RootStore
 	rootKeys        RootKeys   // nil: keys are in rootStore
+	isBelow         bool       // Options.Above
 	rootsMu         sync.Mutex // held while the stored roots are changed; taken before mu
 	rootVersion     string     // guarded by rootsMu; of the stored roots that are in force
 	now             func() time.Time
@@ -109,6 +113,7 @@ func Open(opts Options) (*Authority, error) {
 		jwtStore:        opts.JWTKeyStore,
 		rootStore:       opts.RootStore,
 		rootKeys:        opts.RootKeys,
+		isBelow:         opts.Above,
 		now:             opts.Now,
 		log:             opts.Log,
 		changed:         make(chan struct{}),
@@ -118,6 +123,9 @@ func Open(opts Options) (*Authority, error) {
 		a.intermediateTTL = DefaultIntermediateTTL
 	}
 	if a.rootStore == nil {
+		if a.isBelow {
+			return nil, errors.New("ca: options: Above needs a RootStore")
+		}
 		a.rootStore = dirRoots(a.dir)
 	}
 	if a.rootTTL = opts.RootTTL; a.rootTTL == 0 {
@@ -220,10 +228,15 @@ func (a *Authority) openRoots(ctx context.Context) error {
 			if set, err = parseRoots(a.td, a.rootStore, a.rootKeys, files, a.now()); err == nil {
 				err = a.proveRoots(set)
 			}
+		} else if a.isBelow {
+			err = fmt.Errorf("%s holds no root of the authority above yet", a.rootStore)
 		} else if err = a.refuseOrphans(); err == nil {
 			if set.signs, err = a.makeRoot(); err != nil {
 				err = fmt.Errorf("make the root: %w", err)
 			}
+		}
+		if err == nil && set.below != nil && !a.isBelow {
+			err = errRootAbove
 		}
 		if err != nil {
 			return err

@@ -138,7 +138,9 @@ func stagingDir(dir, name string) string { return filepath.Join(dir, ".new-"+nam
 // pair is a CA certificate with its key.
 type pair struct {
 	cert *x509.Certificate
-	key  crypto.Signer
+	key  crypto.Signer // nil: of a root that is an authority's above
+	// above stands between an intermediate and its root.
+	above []*x509.Certificate
 }
 
 // readPair loads <name>.crt and <name>.key. It returns nil when neither

@@ -19,7 +19,7 @@ var ErrUsed = errors.New("ca: issue: this request was issued already; prepare it
 
 // Issued is a signed certificate.
 type Issued struct {
-	// Chain is DER: the leaf, then the intermediate.
+	// Chain is DER: the leaf, the intermediate, and what stands above that but the root.
 	Chain [][]byte
 	// Serial of the leaf in lower-case hexadecimal, two digits a byte, as
 	// proxies write it.
@@ -47,11 +47,11 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 		return nil, fmt.Errorf("ca: issue: %w", err)
 	}
 	tmpl := *p.tmpl
-	if tmpl.NotAfter.After(signer.cert.NotAfter) {
-		tmpl.NotAfter = signer.cert.NotAfter
+	if end := signer.ends(root); tmpl.NotAfter.After(end) {
+		tmpl.NotAfter = end
 	}
 	if !tmpl.NotAfter.After(now) {
-		return nil, fmt.Errorf("ca: issue: the authority's own certificate ends at %s, nothing can be issued; replace the root", stamp(signer.cert.NotAfter))
+		return nil, fmt.Errorf("ca: issue: the authority's own certificate ends at %s, nothing can be issued; replace the root, or have the authority above issue again", stamp(signer.ends(root)))
 	}
 
 	serial := formatSerial(tmpl.SerialNumber)
@@ -83,7 +83,7 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 		return nil, fmt.Errorf("ca: issue: %w", err)
 	}
 	return &Issued{
-		Chain:     [][]byte{cert.Raw, signer.cert.Raw},
+		Chain:     append([][]byte{cert.Raw}, signer.raw()...),
 		Serial:    serial,
 		NotBefore: cert.NotBefore,
 		NotAfter:  cert.NotAfter,
@@ -103,7 +103,7 @@ func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, root
 	if err := Lint(cert); err != nil {
 		return nil, err
 	}
-	id, _, err := x509svid.Verify([]*x509.Certificate{cert, signer.cert}, a.bundleOf(root), x509svid.WithTime(now))
+	id, _, err := x509svid.Verify(append([]*x509.Certificate{cert}, signer.chain()...), a.bundleOf(root), x509svid.WithTime(now))
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +121,9 @@ func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root
 	defer a.mu.Unlock()
 	if a.closed {
 		return nil, nil, errClosed
+	}
+	if a.roots.below != nil {
+		return a.intermediate, a.roots.signs.cert, nil // an Enrolment renews it
 	}
 	cur := a.intermediate.cert
 	left := cur.NotAfter.Sub(now)

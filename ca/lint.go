@@ -122,7 +122,7 @@ func newLinter(td spiffeid.TrustDomain, now time.Time) (*linter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &linter{&pair{cert, key}, x509bundle.FromX509Authorities(td, []*x509.Certificate{cert})}, nil
+	return &linter{&pair{cert: cert, key: key}, x509bundle.FromX509Authorities(td, []*x509.Certificate{cert})}, nil
 }
 
 // check signs tmpl with the throwaway key and reads the result with Lint and

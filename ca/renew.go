@@ -30,6 +30,9 @@ func (a *Authority) openIntermediate() error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.intermediate = a.roots.below; a.intermediate != nil {
+		return nil
+	}
 	if p != nil {
 		// The trust domain is checked apart from the rest: a foreign one is
 		// an operator's mistake, an expired or stale one just gets replaced.

@@ -3,6 +3,7 @@ package ca
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -23,7 +24,10 @@ import (
 // RootStore keeps the roots of a trust domain, by file name: root.crt and
 // root.key, next-root.crt and next-root.key while a rotation is under way, and
 // further-roots.crt and distrusted-roots. For a key that RootKeys keeps there is
-// root.key-uri with its name. Replicas of a control plane share one.
+// root.key-uri with its name. A root of an authority above has no key here, but an
+// intermediate that was certified for a key made here: below-root.crt and
+// below-root.key, or below-next-root.crt and .key; while another is asked for, its
+// key is asked.key. Replicas of a control plane share one.
 type RootStore interface {
 	// Load returns what was last saved and a version of it; both are zero when
 	// nothing was.
@@ -49,6 +53,9 @@ type rootSet struct {
 	signs, next *pair // next is nil but in a rotation
 	further     []*x509.Certificate
 	distrusted  []Fingerprint // also of roots that are withdrawn
+	// below and nextBelow are intermediates of roots whose key is not here.
+	below, nextBelow *pair
+	asked            crypto.Signer // of the intermediate that is asked for; nil: none is
 }
 
 func (s rootSet) bundle() []*x509.Certificate {
@@ -62,8 +69,11 @@ func (s rootSet) bundle() []*x509.Certificate {
 // files is what a RootStore keeps.
 func (s rootSet) files() (map[string][]byte, error) {
 	out := map[string][]byte{}
+	if err := s.addBelow(out); err != nil {
+		return nil, err
+	}
 	for name, p := range map[string]*pair{rootName: s.signs, nextRootName: s.next} {
-		if p == nil {
+		if p == nil || p.key == nil {
 			continue
 		}
 		ext, key, err := keyFile(p.key)
@@ -90,23 +100,23 @@ func (s rootSet) files() (map[string][]byte, error) {
 // root nor a further one.
 func parseRoots(td spiffeid.TrustDomain, store RootStore, keys RootKeys, files map[string][]byte, now time.Time) (s rootSet, err error) {
 	place := store.String()
-	if s.signs, err = rootPair(place, rootName, files, keys); err != nil {
+	if s.signs, s.below, err = parseRoot(td, place, rootName, files, keys); err != nil {
 		return s, err
 	}
 	if s.signs == nil {
 		return s, fmt.Errorf("%s holds no %s.crt and no %s.key; restore them from a copy", place, rootName, rootName)
 	}
-	if err := checkRoot(td, s.signs.cert, now); err != nil {
+	if err := checkRoot(td, s.signs.cert, checkedAt(s.signs, now)); err != nil {
 		return s, fmt.Errorf("%s: %w", filepath.Join(place, rootName+".crt"), err)
 	}
 	isRoot := func(c *x509.Certificate) bool { return bytes.Equal(c.Raw, s.signs.cert.Raw) }
 	if files[nextRootName+".crt"] != nil { // of a removal that was cut short, the key may be left
-		if s.next, err = rootPair(place, nextRootName, files, keys); err != nil {
+		if s.next, s.nextBelow, err = parseRoot(td, place, nextRootName, files, keys); err != nil {
 			return s, err
 		}
 		if isRoot(s.next.cert) {
-			s.next = nil
-		} else if err := checkRoot(td, s.next.cert, now); err != nil {
+			s.next, s.nextBelow = nil, nil
+		} else if err := checkRoot(td, s.next.cert, checkedAt(s.next, now)); err != nil {
 			return s, fmt.Errorf("%s: %w", filepath.Join(place, nextRootName+".crt"), err)
 		}
 	}
@@ -121,6 +131,11 @@ func parseRoots(td spiffeid.TrustDomain, store RootStore, keys RootKeys, files m
 			}
 		}
 		s.further = slices.DeleteFunc(s.further, isRoot)
+	}
+	if text := files[askedFile]; text != nil {
+		if s.asked, err = parseKey(filepath.Join(place, askedFile), text); err != nil {
+			return s, err
+		}
 	}
 	for line := range strings.Lines(string(files[distrustedFile])) {
 		b, err := hex.DecodeString(strings.TrimSpace(line))

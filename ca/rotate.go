@@ -83,6 +83,8 @@ func (a *Authority) Roots() []Root {
 func (a *Authority) PrepareRoot() error {
 	return a.changeRoots("prepare the next root", func(s rootSet) (_ rootSet, err error) {
 		switch {
+		case a.isBelow:
+			return s, errRootAbove
 		case s.next != nil:
 			return s, nil
 		case len(s.further) > 0:
@@ -97,7 +99,7 @@ func (a *Authority) PrepareRoot() error {
 // nothing when there is none.
 func (a *Authority) AbandonRoot() error {
 	return a.changeRoots("withdraw the next root", func(s rootSet) (rootSet, error) {
-		s.next = nil
+		s.next, s.nextBelow = nil, nil
 		return s, nil
 	})
 }
@@ -109,6 +111,10 @@ func (a *Authority) SwitchRoot() error {
 		if s.next == nil {
 			return s, ErrNoNextRoot
 		}
+		if s.nextBelow != nil && !a.isBelow {
+			return s, errRootAbove
+		}
+		s.below, s.nextBelow = s.nextBelow, nil
 		s.signs, s.next, s.further = s.next, nil, append([]*x509.Certificate{s.signs.cert}, s.further...)
 		return s, nil
 	})
@@ -124,11 +130,16 @@ func (a *Authority) DistrustRoot() error {
 			return s, nil
 		}
 		for _, c := range s.bundle() {
+			if a.isBelow && s.next != nil && c.Equal(s.next.cert) {
+				continue // the authority above has replaced its root already
+			}
 			if f := FingerprintOf(c); !slices.Contains(s.distrusted, f) {
 				s.distrusted = append(slices.Clone(s.distrusted), f)
 			}
 		}
-		s.next, err = a.makeRoot()
+		if !a.isBelow { // else an Enrolment asks for another
+			s.next, err = a.makeRoot()
+		}
 		return s, err
 	})
 }
@@ -198,7 +209,7 @@ func (a *Authority) intermediateBelow(next rootSet) (*pair, error) {
 	a.mu.Lock()
 	was := a.roots.signs.cert
 	a.mu.Unlock()
-	if next.signs.cert.Equal(was) {
+	if next.signs.cert.Equal(was) || next.below != nil {
 		return nil, nil
 	}
 	return newIntermediate(a.td, next.signs, a.now(), a.intermediateTTL)
@@ -209,15 +220,21 @@ func (a *Authority) useRoots(next rootSet, below *pair) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	was := a.roots
+	if next.below != nil {
+		a.useBelow(next.below)
+	}
 	if slices.EqualFunc(was.bundle(), next.bundle(), (*x509.Certificate).Equal) && slices.Equal(was.distrusted, next.distrusted) {
+		a.roots = next
 		return
 	}
-	if signs := next.signs.cert; below != nil {
+	if signs := next.signs.cert; !signs.Equal(was.signs.cert) {
+		a.log.Info("another root signs", "fingerprint", FingerprintOf(signs).String(), "former", FingerprintOf(was.signs.cert).String())
+	}
+	if below != nil {
 		if err := a.useIntermediate(below); err != nil {
 			a.log.Error("the new intermediate could not be stored; the next start makes another", "err", err)
 		}
 		a.intermediate, a.renewFailed, a.renewErr = below, time.Time{}, nil
-		a.log.Info("another root signs", "fingerprint", FingerprintOf(signs).String(), "former", FingerprintOf(was.signs.cert).String())
 	}
 	if next.next != nil && (was.next == nil || !next.next.cert.Equal(was.next.cert)) {
 		a.log.Info("the next root is published", "fingerprint", FingerprintOf(next.next.cert).String(), "not_after", stamp(next.next.cert.NotAfter))
@@ -280,7 +297,11 @@ func (a *Authority) followRoots(ctx context.Context) error {
 func (a *Authority) RootMade() time.Time {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.roots.signs.cert.NotBefore.Add(backdate)
+	made := a.roots.signs.cert.NotBefore
+	if a.roots.below == nil {
+		made = made.Add(backdate)
+	}
+	return made
 }
 
 // RootDue says when the root should be replaced: when two thirds of its life are
@@ -290,5 +311,5 @@ func (a *Authority) RootDue() (due time.Time, ok bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	c := a.roots.signs.cert
-	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 3 * 2), c.Subject.CommonName == rootCN
+	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 3 * 2), c.Subject.CommonName == rootCN && !a.isBelow
 }
