@@ -64,6 +64,8 @@ var rules = map[string]rule{
 		why: "the keys that everything hangs on stay with little code; it does not even know what a workload is"},
 	"ca/pkcs11": {own: []string{"ca", "internal/wholefile"}, outside: []string{"github.com/miekg/pkcs11"}, banned: []string{"net", "net/http", "os/exec"},
 		why: "the only code that runs a library of somebody else's in the control plane, so it is little and does nothing else"},
+	"ca/certmanager": {own: []string{"ca"}, outside: []string{"github.com/cert-manager/cert-manager/pkg/apis/...", "github.com/cert-manager/cert-manager/pkg/client/...", "k8s.io/apimachinery/..."}, banned: []string{"net/http", "os", "os/exec"},
+		why: "asks cert-manager and reads its answers; ca judges them"},
 	"ca/caserver": {own: []string{"ca", "internal/bundle", "internal/mesh", "internal/x509check", "internal/wholefile", "api/node/v1", "api/admin/v1", "authz"}, outside: []string{spiffe, grpc, protobuf, "golang.org/x/time/rate"},
 		why: "decides for whom the authority signs, from the state alone; it has no part in proxies"},
 
