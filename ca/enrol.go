@@ -25,6 +25,7 @@ const (
 	lookUpstream  = time.Second           // how often it is looked whether one is due, and what became of a request
 	slowUpstream  = 10 * time.Second      // the same, once a request has waited long
 	askSlowly     = time.Minute           // after which it has
+	forgetAsked   = time.Minute           // replicas may learn at different times that one is wanted
 	firstRetry    = time.Minute           // after an answer that is no; it doubles each time
 	lastRetry     = time.Hour
 	leastValidity = 10 * time.Second // an intermediate that ends sooner is of no use
@@ -61,6 +62,7 @@ type Enrolment struct {
 	due     func(*x509.Certificate) string
 
 	// Of the loop alone.
+	idle    time.Time // since when nothing is wanted; zero: something is
 	since   time.Time // when the request that is under way was first looked at
 	retryAt time.Time // not before
 	refused int       // answers that were no, one after the other
@@ -158,12 +160,16 @@ func (e *Enrolment) step(parent context.Context) time.Duration {
 	})
 	if why == "" {
 		e.since, e.retryAt, e.refused = time.Time{}, time.Time{}, 0
-		if set.asked != nil { // another replica's, which is done
+		if e.idle.IsZero() {
+			e.idle = now
+		}
+		if set.asked != nil && now.Sub(e.idle) > forgetAsked { // nobody wants it any more
 			set.asked = nil
 			_ = e.save(ctx, set, version)
 		}
 		return lookUpstream
 	}
+	e.idle = time.Time{}
 	if now.Before(e.retryAt) {
 		return min(lookUpstream, e.retryAt.Sub(now))
 	}
