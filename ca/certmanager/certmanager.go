@@ -253,9 +253,12 @@ func (u *Upstream) tidy(ctx context.Context, current string) {
 		return
 	}
 	slices.SortFunc(list.Items, func(a, b cmv1.CertificateRequest) int { return b.CreationTimestamp.Compare(a.CreationTimestamp.Time) })
-	n := 0
+	n := 1 // the current one
 	for i := range list.Items {
-		if n++; n <= kept || list.Items[i].Name == current {
+		if list.Items[i].Name == current {
+			continue
+		}
+		if n++; n <= kept {
 			continue
 		}
 		if err := requests.Delete(ctx, list.Items[i].Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {

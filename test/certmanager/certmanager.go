@@ -1,0 +1,151 @@
+// Package certmanager runs cert-manager's real controllers as a process beside an API
+// server, for tests.
+package certmanager
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"sigs.k8s.io/yaml"
+
+	"github.com/signet-mesh/signet/test/kubeapiserver"
+)
+
+// NoApprover leaves the controller out that approves all requests.
+const NoApprover = "certificaterequests-approver"
+
+// Install gives an API server cert-manager's kinds, as its module brings them, and
+// returns when they are served.
+func Install(t *testing.T, config *rest.Config) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/cert-manager/cert-manager").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(strings.TrimSpace(string(out)), "deploy", "crds", "*.yaml"))
+	if err != nil || len(files) < 6 {
+		t.Fatalf("CRDs of cert-manager: %v, %v", files, err)
+	}
+	client := dynamic.NewForConfigOrDie(config)
+	crds := client.Resource(schema.GroupVersionResource{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"})
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var crd unstructured.Unstructured
+		if err := yaml.Unmarshal(data, &crd.Object); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := crds.Create(t.Context(), &crd, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, resource := range []string{"certificaterequests", "certificates", "clusterissuers", "issuers"} {
+		kubeapiserver.Eventually(t, time.Minute, func() error {
+			_, err := client.Resource(schema.GroupVersionResource{Group: "cert-manager.io", Version: "v1", Resource: resource}).List(t.Context(), metav1.ListOptions{})
+			return err
+		})
+	}
+}
+
+// Controllers are running controllers.
+type Controllers struct {
+	stop context.CancelFunc
+	done chan struct{}
+}
+
+// Start starts all controllers but some. They end with the test, or before.
+func Start(t *testing.T, config *rest.Config, without ...string) *Controllers {
+	t.Helper()
+	dir := os.Getenv("SIGNET_KUBE_BIN")
+	if dir == "" {
+		dir = filepath.Join("..", "..", ".tools", "kubernetes", "bin")
+	}
+	program, err := filepath.Abs(filepath.Join(dir, "certmanager"))
+	if err == nil {
+		_, err = os.Stat(program)
+	}
+	if err != nil {
+		t.Fatalf("cert-manager's controllers are needed: run the tests with make test, or set SIGNET_KUBE_BIN to the folder that has them: %v", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := exec.CommandContext(ctx, program, "--kubeconfig", kubeconfig(t, config), "--without", strings.Join(without, ","))
+	var out output
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	c := &Controllers{stop: cancel, done: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait() // it was told to end; how does not matter
+		close(c.done)
+	}()
+	t.Cleanup(func() {
+		c.Stop()
+		if t.Failed() {
+			t.Logf("cert-manager:\n%s", out.tail())
+		}
+	})
+	return c
+}
+
+// Stop ends the controllers, as when cert-manager is gone.
+func (c *Controllers) Stop() {
+	c.stop()
+	<-c.done
+}
+
+func kubeconfig(t *testing.T, c *rest.Config) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	doc := clientcmdapi.NewConfig()
+	doc.Clusters["test"] = &clientcmdapi.Cluster{Server: c.Host, CertificateAuthorityData: c.CAData, CertificateAuthority: c.CAFile}
+	doc.AuthInfos["test"] = &clientcmdapi.AuthInfo{
+		Token: c.BearerToken, ClientCertificate: c.CertFile, ClientCertificateData: c.CertData, ClientKey: c.KeyFile, ClientKeyData: c.KeyData,
+	}
+	doc.Contexts["test"] = &clientcmdapi.Context{Cluster: "test", AuthInfo: "test"}
+	doc.CurrentContext = "test"
+	if err := clientcmd.WriteToFile(*doc, file); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// output keeps what a program prints.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(b)
+}
+
+func (o *output) tail() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	b := o.buf.Bytes()
+	return string(b[max(0, len(b)-4000):])
+}
