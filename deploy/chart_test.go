@@ -50,6 +50,7 @@ type release struct {
 	budgets     []policyv1.PodDisruptionBudget
 	networks    []networkingv1.NetworkPolicy
 	drivers     []storagev1.CSIDriver
+	files       []corev1.ConfigMap
 }
 
 // render renders the chart. Fields that Kubernetes does not know are errors.
@@ -95,6 +96,8 @@ func render(t *testing.T, set ...string) release {
 			r.networks = parse(t, doc, r.networks)
 		case "CSIDriver":
 			r.drivers = parse(t, doc, r.drivers)
+		case "ConfigMap":
+			r.files = parse(t, doc, r.files)
 		case "RoleBinding", "ClusterRoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding":
 		default:
 			t.Errorf("the chart makes a %s, which no test looks at", kind.Kind)
@@ -521,6 +524,47 @@ func projected(pod corev1.PodSpec) *corev1.ServiceAccountTokenProjection {
 	return nil
 }
 
+// TestCertManager: what a mesh below cert-manager needs is there, and only then: it
+// may ask in its own namespace, and cannot approve.
+func TestCertManager(t *testing.T) {
+	const group = "cert-manager.io"
+	rules := func(r release) (out []string) {
+		for _, c := range r.clusters {
+			for _, rule := range c.Rules {
+				if slices.Contains(rule.APIGroups, group) {
+					t.Errorf("a right in every namespace: %+v", rule)
+				}
+			}
+		}
+		for _, role := range r.roles {
+			for _, rule := range role.Rules {
+				if slices.Contains(rule.APIGroups, group) {
+					out = append(out, strings.Join(rule.Resources, ",")+": "+strings.Join(rule.Verbs, ","))
+				}
+			}
+		}
+		return out
+	}
+	if got := rules(render(t)); len(got) != 0 {
+		t.Errorf("without cert-manager: %v", got)
+	}
+	r := render(t, "certManager.enabled=true", "certManager.issuerRef.name=company", "certManager.roots=PEM")
+	if got := rules(r); len(got) != 1 || got[0] != "certificaterequests: create,get,list,delete" {
+		t.Errorf("with it: %v", got)
+	}
+	if len(r.files) != 1 || r.files[0].Data["roots.pem"] != "PEM" {
+		t.Errorf("the roots' file is %+v", r.files)
+	}
+	for _, d := range r.deployments {
+		args := d.Spec.Template.Spec.Containers[0].Args
+		for _, want := range []string{"--cert-manager-issuer=company", "--cert-manager-issuer-kind=ClusterIssuer", "--cert-manager-roots=/etc/signet/roots/roots.pem"} {
+			if !slices.Contains(args, want) {
+				t.Errorf("%s is not among %q", want, args)
+			}
+		}
+	}
+}
+
 // Defends users from values that would break only once they run: each is
 // refused with words that name it.
 func TestSchemaRefuses(t *testing.T) {
@@ -548,6 +592,9 @@ func TestSchemaRefuses(t *testing.T) {
 		{"federation.refreshHint=often", "refreshHint"},
 		{"federation.service.type=Headless", "type"},
 		{"trustdomain=mesh.example", "trustdomain"},
+		{"certManager.enabled=true", "name"},
+		{"certManager.issuerRef.name=Company", "name"},
+		{"certManager.duration=a week", "duration"},
 	} {
 		_, errs, err := helm(t.Context(), t, "template", "signet", "chart/signet", "--set", "trustDomain=mesh.example", "--set", c.set)
 		if err == nil || !strings.Contains(errs, c.names) || !strings.Contains(errs, "schema") {

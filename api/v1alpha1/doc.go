@@ -49,6 +49,9 @@ const (
 	// ConditionFetched says whether another trust domain's bundle could be fetched
 	// when it was last tried. What was fetched before stays believed.
 	ConditionFetched = "Fetched"
+	// ConditionAuthority, of a MeshConfig, says whether certificates can be signed
+	// and how it stands with the authority above, where there is one.
+	ConditionAuthority = "Authority"
 )
 
 // Reasons of the conditions in a status.

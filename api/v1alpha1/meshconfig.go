@@ -122,8 +122,8 @@ type MeshConfigStatus struct {
 	// Nodes of the mesh.
 	// +optional
 	Nodes int32 `json:"nodes,omitempty"`
-	// Conditions has ConditionAccepted and, while anything is revoked,
-	// ConditionProgrammed.
+	// Conditions has ConditionAccepted, ConditionProgrammed while anything is
+	// revoked, and ConditionAuthority where the mesh has an authority above.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

@@ -48,6 +48,7 @@ type options struct {
 	json                              bool
 	federation                        control.FederationConfig
 	rootKey                           control.RootKeyConfig
+	certManager                       certManager
 }
 
 func run(ctx context.Context, args []string) error {
@@ -71,6 +72,7 @@ func run(ctx context.Context, args []string) error {
 	f.DurationVar(&o.jwtKeyLife, "jwt-key-life", ca.DefaultJWTKeyLife, "how long a key signs JWT-SVIDs before the next one does")
 	o.rootKey.Flags(f)
 	o.federation.Flags(f)
+	o.certManager.flags(f)
 	f.BoolVar(&o.json, "log-json", false, "log lines of JSON")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -87,6 +89,9 @@ func run(ctx context.Context, args []string) error {
 	}
 	if o.kubernetes && o.rootKey.URI != "" {
 		return errors.New("--root-key and --kubernetes: give one of them; replicas in a cluster share the roots of the Secret signet-ca, and a token is on one machine")
+	}
+	if err := o.certManager.check(o.kubernetes); err != nil {
+		return err
 	}
 	if err := o.rootKey.Check(); err != nil {
 		return err
@@ -152,7 +157,16 @@ func (o *options) inCluster(ctx context.Context, log *slog.Logger) error {
 	}
 	cfg.Steps = watcher.Steps
 	cfg.Agents = func() []fanout.Node { return watcher.Agents(o.namespace) }
+	status := &kube.AuthorityStatus{Client: client, Namespace: o.namespace, Identity: o.identity, Log: log}
+	if err := o.certManager.apply(&cfg, client, o.namespace, status); err != nil {
+		return err
+	}
 	cfg.Attend = func(ctx context.Context, facts control.Facts) error {
+		if cfg.Above == nil {
+			if err := status.Run(ctx); err != nil {
+				return err
+			}
+		}
 		watcher.FollowNodes(facts.Own, facts.Others)
 		leader := &kube.Leader{
 			Client: client, Namespace: o.namespace, Identity: o.identity, Watcher: watcher,

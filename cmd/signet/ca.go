@@ -49,6 +49,21 @@ func (d *caDoc) Text(t *output.Text) {
 	}
 	t.Line("")
 	t.Table([]output.Column{{Name: "ROOT"}, {Name: "FINGERPRINT"}, {Name: "EXPIRES"}, {Name: "SHA-256", Wide: true}, {Name: "NOT BEFORE", Wide: true}, {Name: "NOT AFTER", Wide: true}, {Name: "KEY IN TOKEN", Wide: true}}, rows)
+	if u := d.Upstream; u != nil {
+		t.Line("")
+		style := output.Good
+		if u.Reason != "Ready" {
+			style = output.Bad
+		}
+		t.Line("Authority above: ", u.Name, ", ", output.S(style, u.Reason))
+		t.Line("  ", u.Message)
+		if !u.NotAfter.IsZero() {
+			t.Line("  The intermediate ends ", until(d.At, u.NotAfter), "; the next is asked for ", until(d.At, u.RenewAt), ".")
+		}
+		if !u.RetryAt.IsZero() {
+			t.Line("  It is asked again ", until(d.At, u.RetryAt), ".")
+		}
+	}
 	if d.Waits != "" {
 		t.Line("")
 		t.Line(output.S(output.Bad, "It waits: "+d.Waits))

@@ -7,11 +7,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/internal/kubeclient"
 )
 
@@ -31,6 +33,7 @@ var (
 	subjectCerts      = subject{"SIG0516", "certificates", "a certificate that is not renewed ends its workload's connections"}
 	subjectVersions   = subject{"SIG0517", "versions", "parts may differ by one minor version while an upgrade is under way"}
 	subjectAnswers    = subject{"SIG0518", "answers of nodes", "what a silent node does is not known"}
+	subjectAbove      = subject{"SIG0520", "authority above", "when its intermediate ends, nothing is signed any more"}
 	subjectConfigured = subject{"SIG0519", "policies in force", "a document that was refused is not in force"}
 )
 
@@ -248,7 +251,26 @@ func (a *app) checkInstalled(ctx context.Context, kube *kubeclient.Cluster) []ch
 			checks = append(checks, subjectCerts.ok("%s, none expired or failing", plural(len(certs.Certificates), "certificate", "certificates")))
 		}
 	}
+	if authority, err := l.Authority(ctx); err != nil {
+		checks = append(checks, subjectAbove.error("kubectl -n "+a.cluster.namespace+" logs deployment/"+kubeclient.ControlName, "%s", oneLine(err)))
+	} else if authority.Upstream != nil {
+		checks = append(checks, checkAbove(authority.Upstream, a.now()))
+	}
 	return append(checks, checkVersions(doc))
+}
+
+// checkAbove: a request that waits is nothing to see to while the present
+// intermediate has most of its second half before it.
+func checkAbove(u *adminv1.UpstreamStatus, now time.Time) check {
+	s := subjectAbove
+	fix := "see to what is said; `signet ca status` tells more"
+	switch {
+	case u.Reason == "Ready":
+		return s.ok("%s", u.Message)
+	case now.Before(u.NotAfter):
+		return s.warning(fix, "%s: %s; the present intermediate signs until %s", u.Reason, u.Message, u.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return s.error(fix, "%s: %s", u.Reason, u.Message)
 }
 
 func (a *app) checkDeployment(ctx context.Context, kube *kubeclient.Cluster) check {

@@ -34,6 +34,7 @@ type clusterMesh struct {
 	records []audit.Record
 	missing []adminv1.MissingNode
 	explain adminv1.Explanation
+	ca      adminv1.AuthorityStatus
 }
 
 func (m *clusterMesh) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -41,6 +42,8 @@ func (m *clusterMesh) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch r.URL.Path {
 	case "/v1/status":
 		_ = enc.Encode(m.control)
+	case "/v1/ca":
+		_ = enc.Encode(m.ca)
 	case "/v1/mesh/status":
 		_ = enc.Encode(m.mesh)
 	case "/v1/mesh/certificates":
@@ -192,6 +195,9 @@ var clusters = map[string]*clusterMesh{
 		verify:  adminv1.MeshVerification{Nodes: []adminv1.NodeVerification{{Node: "n1", AuditVerification: adminv1.AuditVerification{Fault: "batch 2 does not follow batch 1"}}}},
 		records: generated[:1],
 		missing: []adminv1.MissingNode{{Node: "n2", Error: "no answer within 5s"}},
+		ca: adminv1.AuthorityStatus{TrustDomain: "mesh.example", Stage: adminv1.RotationIdle, Upstream: &adminv1.UpstreamStatus{
+			Name: "ClusterIssuer company", Reason: "Denied", Message: "isCA is not allowed", Wanted: "its life is half over",
+			NotAfter: testNow.Add(time.Hour), RenewAt: testNow.Add(-time.Hour), RetryAt: testNow.Add(time.Minute)}},
 		explain: adminv1.Explanation{Port: 8443, Mode: "enforce", Verdict: "denied", Reason: "default deny: no policy protects pay/ledger"},
 	},
 }

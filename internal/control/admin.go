@@ -188,6 +188,18 @@ func (c *control) metrics() *prometheus.Registry {
 		return 0
 	})
 	r.MustRegister(c.refusals.total)
+	if above := c.above.Load(); above != nil {
+		gauge("signet_control_intermediate_not_after_seconds", "When the intermediate ends that signs, as a Unix time; 0: none signs.", func() float64 {
+			s, _ := above.Status()
+			return float64(max(0, s.NotAfter.Unix()))
+		})
+		gauge("signet_control_upstream_ready", "0 while the authority above is asked and has not certified.", func() float64 {
+			if s, _ := above.Status(); s.Reason == ca.UpstreamReady {
+				return 1
+			}
+			return 0
+		})
+	}
 	gauge("signet_control_workloads", "Workloads of the mesh.", func() float64 {
 		view, _ := c.feed.Get()
 		if view == nil {

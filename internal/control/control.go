@@ -58,6 +58,10 @@ type Facts struct {
 	Bundle func() ([]*x509.Certificate, <-chan struct{})
 }
 
+// Upstream says how it stands with the authority above; its channel is closed when
+// that changes.
+type Upstream func() (ca.UpstreamStatus, <-chan struct{})
+
 // Config says what a control plane works with.
 type Config struct {
 	// Version of the program, to be told to who asks.
@@ -76,6 +80,9 @@ type Config struct {
 	Roots ca.RootStore
 	// RootKeys keeps the keys of roots that are made; nil: beside the roots.
 	RootKeys ca.RootKeys
+	// Above keeps roots and intermediate of an authority above in Roots; nil: the
+	// mesh has a root of its own.
+	Above func(spiffeid.TrustDomain) (*ca.Enrolment, error)
 	// JWTKeys keeps the keys that sign JWT-SVIDs; nil: a file beside the root's.
 	JWTKeys ca.JWTKeyStore
 	// JWTKeyLife is how long each signs; zero: ca.DefaultJWTKeyLife.
@@ -84,6 +91,9 @@ type Config struct {
 	Federation FederationConfig
 	// Attend runs beside the servers, until ctx ends; nil: nothing does.
 	Attend func(ctx context.Context, facts Facts) error
+	// Enrolling runs beside it, from before there is an authority, while there is one
+	// above; nil: nothing does.
+	Enrolling func(ctx context.Context, status Upstream) error
 	// Agents lists the nodes' agents, which are asked for what an operator
 	// wants to know of the whole mesh; nil: nobody is asked.
 	Agents func() []fanout.Node
@@ -115,6 +125,7 @@ type control struct {
 	started   chan struct{}                   // closed by the first view
 	nodes     atomic.Pointer[caserver.Server] // nil until the authority is open
 	authority atomic.Pointer[ca.Authority]    // nil until it is open
+	above     atomic.Pointer[ca.Enrolment]    // nil: none, or the trust domain is not known yet
 	built     builds
 	refusals  *refusals
 	peers     *peers     // nil: there are no other replicas
@@ -166,7 +177,15 @@ func (c *control) serve(ctx context.Context) error {
 	first, _ := c.feed.Get()
 	td := first.State.TrustDomain
 	dir := AuthorityDir(c.cfg.StateDir)
-	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, RootKeys: c.cfg.RootKeys, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
+	above, stop, err := c.enrol(ctx, td)
+	if err != nil && ctx.Err() != nil {
+		return nil // ended before it could begin
+	}
+	if err != nil {
+		return err
+	}
+	defer stop()
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, RootKeys: c.cfg.RootKeys, Above: above != nil, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
 	if err != nil {
 		return err
 	}
@@ -227,7 +246,7 @@ func (c *control) serve(ctx context.Context) error {
 		return err
 	}
 	c.rotation = &rotation{
-		authority: authority, reports: all, log: c.log, now: time.Now,
+		authority: authority, above: above, reports: all, log: c.log, now: time.Now,
 		view:      c.view,
 		outsiders: func(now time.Time) string { return outsiders(shown, authority.Bundle(), now) },
 	}
@@ -239,6 +258,9 @@ func (c *control) serve(ctx context.Context) error {
 			}
 			return names
 		}
+	}
+	if above != nil {
+		above.SetDue(c.rotation.wanted)
 	}
 	g.Go(func() error { c.rotation.run(ctx); return nil })
 	if c.cfg.Roots != nil {

@@ -41,6 +41,9 @@ func (c *control) unready(ctx context.Context) string {
 		return "no state yet: " + strings.Join(rejected, "; ")
 	case view == nil:
 		return "no state yet: waiting for the source"
+	case c.nodes.Load() == nil && c.above.Load() != nil:
+		s, _ := c.above.Load().Status()
+		return "no intermediate to sign with: " + s.Message
 	case c.nodes.Load() == nil:
 		return "the certificate authority is not open yet"
 	}

@@ -3,6 +3,7 @@ package control
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -38,6 +39,7 @@ const (
 // goes on after a restart.
 type rotation struct {
 	authority *ca.Authority
+	above     *ca.Enrolment // nil: the root is the mesh's own
 	view      func() *mesh.View
 	reports   func() []caserver.NodeReport
 	// present lists the nodes that exist; nil: whoever has called does.
@@ -106,6 +108,9 @@ func (r *rotation) step(now time.Time) {
 	}
 	if stage == adminv1.RotationIdle {
 		r.forced, r.clear, r.err = false, time.Time{}, nil
+		if r.above != nil {
+			return // it puts the next root into the store
+		}
 		if why := r.due(now); why != "" {
 			r.log.Info("the root is to be replaced", "reason", why)
 			r.took(r.authority.PrepareRoot(), now)
@@ -161,6 +166,15 @@ func (r *rotation) due(now time.Time) string {
 		return "it was made before spec.rootNotBefore of the MeshConfig"
 	}
 	return ""
+}
+
+// wanted says why the authority above is to have another root than the one that
+// signs; empty: it is not.
+func (r *rotation) wanted(root *x509.Certificate) string {
+	if !root.Equal(r.authority.Bundle()[0]) {
+		return "" // another replica has stored it, and this one follows
+	}
+	return r.due(r.now())
 }
 
 // before reports whether the root was made before an instant that has come.
@@ -282,6 +296,8 @@ func (r *rotation) rotate(force bool) error {
 	switch stage := stageOf(r.authority.Roots()); {
 	case r.declared:
 		return errDeclared
+	case stage == adminv1.RotationIdle && r.above != nil:
+		return errors.New("the root is that of an authority above; it is replaced there")
 	case stage == adminv1.RotationIdle:
 		return r.authority.PrepareRoot()
 	case force:
@@ -343,6 +359,12 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	notAfter, failed := r.authority.Renewal()
 	if out.NotAfter = notAfter; failed != nil {
 		out.Renewal = failed.Error()
+	}
+	if r.above != nil {
+		s, _ := r.above.Status()
+		out.Upstream = &adminv1.UpstreamStatus{
+			Name: s.Upstream, Reason: string(s.Reason), Message: s.Message, Wanted: s.Wanted, NotAfter: s.NotAfter, RenewAt: s.RenewAt, RetryAt: s.RetryAt,
+		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()

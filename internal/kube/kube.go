@@ -9,6 +9,7 @@ import (
 
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 )
@@ -27,6 +28,8 @@ type Client struct {
 	Core kubernetes.Interface
 	// Objects reaches the kinds of signet.dev.
 	Objects dynamic.Interface
+	// Config is how others than these are reached.
+	Config *rest.Config
 }
 
 // Connect returns a client for the cluster that this process runs in, or, when
@@ -47,5 +50,5 @@ func Connect(kubeconfig string, log *slog.Logger) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kube: %w", err)
 	}
-	return &Client{Core: core, Objects: objects}, nil
+	return &Client{Core: core, Objects: objects, Config: config}, nil
 }

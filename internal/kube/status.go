@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -95,7 +96,8 @@ func (s *statusWriter) write(ctx context.Context, snap *snapshot) {
 		default:
 			was.on, was.of = doc.Status.ProgrammedNodes, doc.Status.Nodes
 		}
-		s.object(ctx, "meshconfigs", v1alpha1.KindMeshConfig, &doc.ObjectMeta, doc.Status.Conditions,
+		others := func(c metav1.Condition) bool { return c.Type == v1alpha1.ConditionAuthority }
+		s.object(ctx, "meshconfigs", v1alpha1.KindMeshConfig, &doc.ObjectMeta, slices.DeleteFunc(slices.Clone(doc.Status.Conditions), others),
 			was, snap.faults, on, of, "the last good settings are in force: ")
 	}
 	s.federationStatus(ctx, &snap.documents.federations)

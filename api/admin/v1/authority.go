@@ -24,6 +24,8 @@ type AuthorityStatus struct {
 	Nodes []NodeRoots `json:"nodes"`
 	// Waits says what outside the mesh the next step waits for; empty: nothing.
 	Waits string `json:"waits,omitempty"`
+	// Upstream is the authority above; nil: the root is the mesh's own.
+	Upstream *UpstreamStatus `json:"upstream,omitempty"`
 	// Due is when the root is replaced by itself; zero: an operator has placed it,
 	// and replaces it.
 	Due time.Time `json:"due,omitzero"`
@@ -33,6 +35,20 @@ type AuthorityStatus struct {
 	// none is. NotAfter is when the present one ends, and issuing with it.
 	Renewal  string    `json:"renewal,omitempty"`
 	NotAfter time.Time `json:"notAfter,omitzero"`
+}
+
+// UpstreamStatus is how it stands with the authority above.
+type UpstreamStatus struct {
+	Name    string `json:"name"`             // such as Issuer signet-system/mesh
+	Reason  string `json:"reason"`           // Ready, Pending, Denied, Failed, IssuerNotFound, Unreachable or Unusable
+	Message string `json:"message"`          // what was asked, what became of it, what to do
+	Wanted  string `json:"wanted,omitempty"` // why another intermediate is asked for; empty: none is
+	// NotAfter is when the intermediate ends that signs, RenewAt when the next is
+	// asked for.
+	NotAfter time.Time `json:"notAfter,omitzero"`
+	RenewAt  time.Time `json:"renewAt,omitzero"`
+	// RetryAt is when it is asked again after a no; zero: there was none.
+	RetryAt time.Time `json:"retryAt,omitzero"`
 }
 
 // Issuance is one certificate or token in the issuance log.

@@ -1,7 +1,7 @@
 {{/*
 What the programs are called with, all in one place. Nothing here depends on
-values but the trust domain, the drain, the folders of CNI and kubelet, and the
-bundle endpoint.
+values but the trust domain, the drain, the folders of CNI and kubelet, the
+bundle endpoint and cert-manager.
 */}}
 {{- define "signet.flags.control" -}}
 - --kubernetes
@@ -23,6 +23,17 @@ bundle endpoint.
 - --web-key=/etc/signet/web/tls.key
 {{- with .web.oidcIssuer }}
 - --oidc-issuer={{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with .Values.certManager }}
+{{- if .enabled }}
+- --cert-manager-issuer={{ required "certManager.issuerRef.name: name the issuer" .issuerRef.name }}
+- --cert-manager-issuer-kind={{ .issuerRef.kind }}
+- --cert-manager-issuer-group={{ .issuerRef.group }}
+- --cert-manager-duration={{ .duration }}
+{{- if .roots }}
+- --cert-manager-roots=/etc/signet/roots/roots.pem
 {{- end }}
 {{- end }}
 {{- end }}
