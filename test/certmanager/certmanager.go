@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -52,7 +53,7 @@ func Install(t *testing.T, config *rest.Config) {
 		if err := yaml.Unmarshal(data, &crd.Object); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := crds.Create(t.Context(), &crd, metav1.CreateOptions{}); err != nil {
+		if _, err := crds.Create(t.Context(), &crd, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 			t.Fatal(err)
 		}
 	}
