@@ -164,6 +164,7 @@ func TestOnAPIServer(t *testing.T) {
 	t.Run("root", func(t *testing.T) { testRoot(t, c, as) })
 	t.Run("jwt keys", func(t *testing.T) { testJWTKeys(t, c, as) })
 	t.Run("federation", func(t *testing.T) { testFederation(t, c, as) })
+	t.Run("authority", func(t *testing.T) { testAuthority(t, c, as) })
 	t.Run("rights", func(t *testing.T) { testRights(t, as) })
 }
 
