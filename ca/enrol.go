@@ -142,6 +142,16 @@ func (e *Enrolment) step(parent context.Context) time.Duration {
 		e.tell(func(s *UpstreamStatus) { s.Reason, s.Message = UpstreamUnreachable, err.Error() })
 		return lookUpstream
 	}
+	if set.below != nil && set.nextBelow != nil && !now.Before(set.below.ends(set.signs.cert)) {
+		// Whoever still waits for the next root has nothing to wait with.
+		if set, err = place(set, set.next.cert, set.nextBelow, now); err == nil {
+			err = e.save(ctx, set, version)
+		}
+		if err == nil {
+			e.cfg.Log.Warn("the intermediate has ended before every node trusted the next root, which signs now; nodes that are behind are cut off")
+		}
+		return againUpstream
+	}
 	why := e.wants(set, now)
 	e.tell(func(s *UpstreamStatus) {
 		s.Wanted, s.RetryAt = why, e.retryAt

@@ -320,7 +320,9 @@ func TestEnrolAnotherRoot(t *testing.T) {
 		t.Errorf("roots are %q", got)
 	}
 
-	// The issuer goes on to a third root and comes back before that has signed.
+	// The issuer goes on to a third root, and a node that does not answer holds the
+	// rotation up until nothing else can sign. Then the issuer comes back to the second,
+	// which is still published.
 	back, backKey := u.root, u.key
 	u.replace(nil)
 	clk.advance(15 * time.Hour)
@@ -329,11 +331,20 @@ func TestEnrolAnotherRoot(t *testing.T) {
 	if got := roles(a, seen); got != "signs:2 next:3" {
 		t.Errorf("roots are %q", got)
 	}
-	u.root, u.key = back, backKey
-	clk.advance(14 * time.Hour)
+	clk.advance(10 * time.Hour)
 	e.steps(t)
 	follow(t, a)
-	if got := roles(a, seen); got != "signs:2" {
+	if got := roles(a, seen); got != "signs:3 former:2" {
+		t.Errorf("roots are %q", got)
+	}
+	if err := verifies(t, issue(t, a, time.Hour), u.root, clk.now()); err != nil {
+		t.Errorf("after the end of the second: %v", err)
+	}
+	u.root, u.key = back, backKey
+	clk.advance(5 * time.Hour)
+	e.steps(t)
+	follow(t, a)
+	if got := roles(a, seen); got != "signs:3 next:2" {
 		t.Errorf("roots are %q", got)
 	}
 }
