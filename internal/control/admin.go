@@ -188,13 +188,18 @@ func (c *control) metrics() *prometheus.Registry {
 		return 0
 	})
 	r.MustRegister(c.refusals.total)
-	if above := c.above.Load(); above != nil {
+	if c.cfg.Above != nil {
+		status := func() (s ca.UpstreamStatus) {
+			if above := c.above.Load(); above != nil { // else the trust domain is not known yet
+				s, _ = above.Status()
+			}
+			return s
+		}
 		gauge("signet_control_intermediate_not_after_seconds", "When the intermediate ends that signs, as a Unix time; 0: none signs.", func() float64 {
-			s, _ := above.Status()
-			return float64(max(0, s.NotAfter.Unix()))
+			return float64(max(0, status().NotAfter.Unix()))
 		})
 		gauge("signet_control_upstream_ready", "0 while the authority above is asked and has not certified.", func() float64 {
-			if s, _ := above.Status(); s.Reason == ca.UpstreamReady {
+			if status().Reason == ca.UpstreamReady {
 				return 1
 			}
 			return 0
