@@ -63,9 +63,17 @@ type node struct {
 	// crls are lists of revoked certificates for tunnels that leave, which this
 	// project's nodes have none of.
 	crls [][]byte
+	// foreign are the trust domains that the mesh is federated with.
+	foreign []xds.Trust
 }
 
 func startNode(t *testing.T, p *pki, crls ...[]byte) *node {
+	t.Helper()
+	return (&node{pki: p, crls: crls}).start(t)
+}
+
+// start starts the proxy, with what was set before.
+func (n *node) start(t *testing.T) *node {
 	t.Helper()
 	l, err := lab.New(lab.Config{})
 	if err != nil {
@@ -77,7 +85,7 @@ func startNode(t *testing.T, p *pki, crls ...[]byte) *node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	n := &node{pki: p, lab: l, log: filepath.Join(dir, "audit.log"), crls: crls}
+	n.lab, n.log = l, filepath.Join(dir, "audit.log")
 	n.view = &mesh.View{Revision: "1", Model: policies(), State: &mesh.State{
 		TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), SVIDTTL: time.Hour,
 		Namespaces: map[string]mesh.Mode{"open": mesh.ModeObserve, "shop": mesh.ModeEnforce},
@@ -147,7 +155,7 @@ func (n *node) resources(t *testing.T) xds.Set {
 	}
 	put(xds.BundleSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: roots}})
 	put(xds.InboundSecret, &tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: xds.InboundTrust(
-		xds.Trust{Domain: n.view.State.TrustDomain, PEM: inline("CERTIFICATE", n.root.der).GetInlineBytes()}, nil)}})
+		xds.Trust{Domain: n.view.State.TrustDomain, PEM: inline("CERTIFICATE", n.root.der).GetInlineBytes()}, n.foreign)}})
 	for _, w := range n.view.State.OnNode("n1") {
 		for _, name := range []string{xds.ClientSecret(w.ID), xds.ServerSecret(w.ID)} {
 			put(name, &tlsv3.Secret{Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
