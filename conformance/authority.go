@@ -222,7 +222,7 @@ func checkBundlesDER(ctx context.Context, s *session) (string, error) {
 	}
 	for name, bundles := range all {
 		for _, der := range bundles {
-			if _, err := readCertificates(der); err != nil {
+			if err := checkCertificates(der); err != nil {
 				return "", fmt.Errorf("%s: %w", name, err)
 			}
 		}

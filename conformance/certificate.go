@@ -8,18 +8,18 @@ import (
 	"time"
 )
 
-// readCertificates reads DER, and says what is there in its place.
-func readCertificates(der []byte) ([]*x509.Certificate, error) {
+// checkCertificates says what is there in place of certificates in DER.
+func checkCertificates(der []byte) error {
 	certs, err := x509.ParseCertificates(der)
 	switch {
 	case bytes.HasPrefix(bytes.TrimSpace(der), []byte("-----BEGIN")):
-		return nil, errors.New("it is PEM")
+		return errors.New("it is PEM")
 	case err != nil:
-		return nil, err
+		return err
 	case len(certs) == 0:
-		return nil, errors.New("it is empty")
+		return errors.New("it is empty")
 	}
-	return certs, nil
+	return nil
 }
 
 // Extensions of certificates.

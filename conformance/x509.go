@@ -164,7 +164,7 @@ func checkChainDER(svid *workload.X509SVID) error {
 	if len(svid.GetX509Svid()) == 0 {
 		return skip("there is none; see x509-fields")
 	}
-	_, err := readCertificates(svid.GetX509Svid())
+	err := checkCertificates(svid.GetX509Svid())
 	return err
 }
 
@@ -172,7 +172,7 @@ func checkBundleDER(svid *workload.X509SVID) error {
 	if len(svid.GetBundle()) == 0 {
 		return skip("there is none; see x509-fields")
 	}
-	_, err := readCertificates(svid.GetBundle())
+	err := checkCertificates(svid.GetBundle())
 	return err
 }
 

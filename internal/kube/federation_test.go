@@ -132,11 +132,12 @@ func testFederation(t *testing.T, c, as *Client) {
 				return err
 			}
 			list, _, _ := unstructured.NestedSlice(got.Object, "status", "conditions")
-			said := fmt.Sprint(got.Object["status"].(map[string]any)["sequence"], " ", got.Object["status"].(map[string]any)["fetchedAt"])
+			parts := []string{fmt.Sprint(got.Object["status"].(map[string]any)["sequence"], " ", got.Object["status"].(map[string]any)["fetchedAt"])}
 			for _, item := range list {
 				c := item.(map[string]any)
-				said += fmt.Sprint("; ", c["type"], " ", c["status"], " ", c["message"])
+				parts = append(parts, fmt.Sprint(c["type"], " ", c["status"], " ", c["message"]))
 			}
+			said := strings.Join(parts, "; ")
 			for _, want := range wants {
 				if !strings.Contains(said, want) {
 					return fmt.Errorf("%s: %s, want %q", name, said, want)

@@ -60,9 +60,10 @@ func (s *AuthorityStatus) Run(ctx context.Context) error {
 		if err == nil && (writes || s.Status == nil) {
 			err = s.write(ctx, status)
 		}
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return nil
+		}
+		switch {
 		case err != nil:
 			s.Log.WarnContext(ctx, "the condition Authority could not be written; it is tried again", "error", err)
 			again = authorityRetry

@@ -85,7 +85,8 @@ func TestExamples(t *testing.T) {
 	// All servers are one workload, and all clients another: two users.
 	const ledger, billing = "spiffe://mesh.test/ns/shop/sa/ledger", "spiffe://mesh.test/ns/shop/sa/billing"
 	uids := map[string]uint32{ledger: 61201, billing: 61202}
-	docs := harness.Config(life.String()) + harness.Namespace("shop", "enforce")
+	var docs strings.Builder
+	docs.WriteString(harness.Config(life.String()) + harness.Namespace("shop", "enforce"))
 	for id, uid := range uids {
 		account := id[strings.LastIndexByte(id, '/')+1:]
 		for _, l := range languages {
@@ -93,7 +94,7 @@ func TestExamples(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			docs += fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+			fmt.Fprintf(&docs, `apiVersion: signet.dev/v1alpha1
 kind: WorkloadEntry
 metadata: {name: %[1]s-%[2]s, namespace: shop}
 spec: {serviceAccount: %[1]s, attest: {uid: %[3]d, path: %[4]q}}
@@ -101,7 +102,7 @@ spec: {serviceAccount: %[1]s, attest: {uid: %[3]d, path: %[4]q}}
 `, account, l, uid, exe)
 		}
 	}
-	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs}})
+	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs.String()}})
 	// run starts a program, as a workload, until the test ends.
 	run := func(t *testing.T, language, as string, args ...string) *example {
 		t.Helper()

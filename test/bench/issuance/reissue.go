@@ -97,7 +97,7 @@ func (n *node) start(ctx context.Context, pods int, held func(time.Time)) error 
 		cancel()
 		return err
 	}
-	m := svid.New(svid.Config{Issuer: n, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	m := svid.New(svid.Config{Issuer: n, Log: slog.New(slog.NewTextHandler(io.Discard, nil))}) //nolint:sloglint // lines are made as in a program that logs, and go nowhere
 	of := svid.State{TrustDomain: domain, Bundle: n.bundle.X509Authorities(), TTL: time.Duration(state.GetSvidTtlSeconds()) * time.Second}
 	for _, w := range state.GetWorkloads() {
 		id, err := spiffeid.FromString(w.GetSpiffeId())

@@ -68,8 +68,8 @@ func (b *bench) controlPlane(ctx context.Context, name, dir, address, about stri
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	done := make(chan struct{})
+	go func() { defer close(done); _ = cmd.Wait() }()
 	b.stops = append(b.stops, func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		force := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() })
