@@ -2,17 +2,12 @@ package e2e
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -34,31 +29,11 @@ const revokedWithin = 5 * time.Second
 // and key.
 func copied(t *testing.T, m *harness.Mesh, id string) (*tls.Certificate, string) {
 	t.Helper()
-	sum := sha256.Sum256([]byte(id))
-	found, err := filepath.Glob(filepath.Join(m.StateDir, "*", "svids", hex.EncodeToString(sum[:])+".json"))
-	if err != nil || len(found) != 1 {
-		t.Fatalf("the certificate of %s: %d files, %v", id, len(found), err)
-	}
-	b, err := os.ReadFile(found[0])
+	cert, serial, err := harness.Held(filepath.Join(m.StateDir, "agent"), id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var file struct {
-		Chain [][]byte `json:"chain"`
-		Key   []byte   `json:"key"`
-	}
-	if err := json.Unmarshal(b, &file); err != nil {
-		t.Fatal(err)
-	}
-	key, err := x509.ParsePKCS8PrivateKey(file.Key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leaf, err := x509.ParseCertificate(file.Chain[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &tls.Certificate{Certificate: file.Chain, PrivateKey: key}, hex.EncodeToString(leaf.SerialNumber.Bytes())
+	return cert, serial
 }
 
 // keep opens a connection through the tunnel and delivers the instant of its end.

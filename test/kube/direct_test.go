@@ -2,43 +2,13 @@ package kube
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/hex"
-	"encoding/json"
 	"io"
 	"net"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/signet-mesh/signet/test/cluster"
 )
-
-// svid is what an agent holds for an account's pods.
-func svid(t *testing.T, from *cluster.Node, id string) tls.Certificate {
-	t.Helper()
-	sum := sha256.Sum256([]byte(id))
-	b, err := os.ReadFile(filepath.Join(from.Disk(), "var/lib/signet/agent/svids", hex.EncodeToString(sum[:])+".json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var file struct {
-		Chain [][]byte `json:"chain"`
-		Key   []byte   `json:"key"`
-	}
-	if err := json.Unmarshal(b, &file); err != nil {
-		t.Fatal(err)
-	}
-	key, err := x509.ParsePKCS8PrivateKey(file.Key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: file.Chain, PrivateKey: key}
-}
 
 // A program that is on no pod's network and speaks mutual TLS by itself is let in
 // to a pod that speaks none, where a policy has that TLS ended, and only as an
@@ -55,7 +25,7 @@ func TestDirectInCluster(t *testing.T) {
 	b.apply(strings.Replace(allow(in, "server", "client"), "  from:", "  ports: [8080]\n  tls: terminate\n  from:", 1))
 	node, address := b.cluster.Node("node2"), net.JoinHostPort(b.ip(in, "server"), "8080")
 	call := func(account string) string {
-		cert := svid(t, node, id(in, account))
+		cert, _ := b.copied(node, id(in, account))
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		raw, err := node.DialContext(ctx, "tcp", address)
@@ -64,7 +34,7 @@ func TestDirectInCluster(t *testing.T) {
 		}
 		defer raw.Close()
 		_ = raw.SetDeadline(time.Now().Add(20 * time.Second))
-		c := tls.Client(raw, &tls.Config{Certificates: []tls.Certificate{cert}, InsecureSkipVerify: true, //nolint:gosec // looked at below
+		c := tls.Client(raw, &tls.Config{Certificates: []tls.Certificate{*cert}, InsecureSkipVerify: true, //nolint:gosec // looked at below
 			VerifyConnection: func(s tls.ConnectionState) error {
 				if got := s.PeerCertificates[0].URIs; len(got) != 1 || got[0].String() != id(in, "server") {
 					t.Errorf("the server shows itself as %v", got)

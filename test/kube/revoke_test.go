@@ -3,17 +3,13 @@ package kube
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -26,6 +22,7 @@ import (
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/test/cluster"
+	"github.com/signet-mesh/signet/test/harness"
 )
 
 // revokedWithin is how soon nobody takes a revoked certificate any more; docs/identity.md.
@@ -35,27 +32,11 @@ const revokedWithin = 5 * time.Second
 // and key.
 func (b *bench) copied(node *cluster.Node, id string) (cert *tls.Certificate, serial string) {
 	b.Helper()
-	sum := sha256.Sum256([]byte(id))
-	text, err := os.ReadFile(filepath.Join(node.Disk(), "var/lib/signet/agent/svids", hex.EncodeToString(sum[:])+".json"))
+	cert, serial, err := harness.Held(filepath.Join(node.Disk(), "var/lib/signet/agent"), id)
 	if err != nil {
 		b.Fatal(err)
 	}
-	var file struct {
-		Chain [][]byte `json:"chain"`
-		Key   []byte   `json:"key"`
-	}
-	if err := json.Unmarshal(text, &file); err != nil {
-		b.Fatal(err)
-	}
-	key, err := x509.ParsePKCS8PrivateKey(file.Key)
-	if err != nil {
-		b.Fatal(err)
-	}
-	leaf, err := x509.ParseCertificate(file.Chain[0])
-	if err != nil {
-		b.Fatal(err)
-	}
-	return &tls.Certificate{Certificate: file.Chain, PrivateKey: key}, hex.EncodeToString(leaf.SerialNumber.Bytes())
+	return cert, serial
 }
 
 // tunnelled calls a pod's port through a tunnel of its own from a node, and returns
