@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
@@ -85,6 +84,7 @@ type issuer struct {
 	spoil  func(*issuer, [][]byte) [][]byte          // changes the chain
 	before func(ctx context.Context, w string) error // runs before each answer
 	asked  []string                                  // workloads, in order
+	keys   []string                                  // that certificates were asked for, in order
 	at     []time.Time
 	active int
 	peak   int
@@ -95,6 +95,9 @@ func (i *issuer) Issue(ctx context.Context, w string, csr []byte) ([][]byte, err
 	i.mu.Lock()
 	i.asked = append(i.asked, w)
 	i.at = append(i.at, i.now())
+	if req, err := x509.ParseCertificateRequest(csr); err == nil {
+		i.keys = append(i.keys, string(req.RawSubjectPublicKeyInfo))
+	}
 	i.active++
 	i.peak = max(i.peak, i.active)
 	before := i.before
@@ -125,11 +128,11 @@ func (i *issuer) issue(w string, csr []byte) ([][]byte, error) {
 	if err := req.CheckSignature(); err != nil {
 		return nil, err
 	}
-	if len(req.URIs)+len(req.DNSNames) > 0 {
-		return nil, errors.New("the request names something")
-	}
 	if id.IsZero() {
 		return nil, fmt.Errorf("workload %s is not on this node", w)
+	}
+	if len(req.Extensions) != 1 || len(req.URIs) != 1 || req.URIs[0].String() != id.String() {
+		return nil, fmt.Errorf("the request names %v and not %s alone", req.URIs, id)
 	}
 	now := i.now()
 	leaf := &x509.Certificate{

@@ -116,8 +116,9 @@ type holder struct {
 	workloads []string // never empty; replaced whole
 	current   *SVID    // nil: none, or expired
 	attemptAt time.Time
-	failures  int    // in a row
-	lastErr   string // of the newest attempt or the expiry; empty after a success
+	failures  int      // in a row
+	lastErr   string   // of the newest attempt or the expiry; empty after a success
+	request   *request // of its keeper alone: what is asked for and not answered yet; nil: nothing is
 
 	tokens    map[string]*slot // by audiences; in memory only
 	tokenRate *rate.Limiter    // of requests for tokens; safe for concurrent use

@@ -248,11 +248,11 @@ func TestIssuerIsNotBelieved(t *testing.T) {
 		{name: "too many", want: "at most", chain: func(_ *issuer, c [][]byte) [][]byte { return slices.Repeat(c, 20) }},
 		{name: "intermediate missing", want: "unknown authority", chain: func(_ *issuer, c [][]byte) [][]byte { return c[:1] }},
 		{name: "another key", want: "another public key", chain: func(is *issuer, _ [][]byte) [][]byte {
-			_, csr, err := newRequest(mesh.KeyECP256)
+			r, err := newRequest(mesh.KeyECP256, sa("web"))
 			if err != nil {
 				t.Error(err)
 			}
-			c, err := is.issue("default/web", csr)
+			c, err := is.issue("default/web", r.csr)
 			if err != nil {
 				t.Error(err)
 			}

@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"math/bits"
+	"net/url"
 	"sync"
 	"time"
 
@@ -185,16 +186,20 @@ func (m *Manager) obtain(ctx context.Context, h *holder) (*SVID, error) {
 	keyType := m.keyType
 	m.mu.Unlock()
 
-	key, csr, err := newRequest(keyType)
-	if err != nil {
-		return nil, err
+	if h.request == nil || h.request.kind != keyType {
+		var err error
+		if h.request, err = newRequest(keyType, h.id); err != nil {
+			return nil, err
+		}
 	}
+	key := h.request.key
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout(remaining))
 	defer cancel()
-	chain, err := m.issuer.Issue(ctx, workload, csr)
+	chain, err := m.issuer.Issue(ctx, workload, h.request.csr)
 	if err != nil {
 		return nil, fmt.Errorf("ask for the certificate of %s: %w", workload, err)
 	}
+	h.request = nil // each certificate has a key of its own
 	m.mu.Lock()
 	roots := m.bundle
 	m.mu.Unlock()
@@ -251,16 +256,25 @@ func makeKey(kind mesh.KeyType) (crypto.Signer, error) {
 	return nil, fmt.Errorf("unknown kind %d", kind)
 }
 
-// newRequest makes a key and a PKCS#10 request for it. The request names
-// nothing: the issuer knows whom the workload is.
-func newRequest(kind mesh.KeyType) (crypto.Signer, []byte, error) {
+// request is a key and what asks for its certificate. It is asked with again until
+// there is an answer: an authority that takes long knows the same request by its key.
+type request struct {
+	kind mesh.KeyType
+	key  crypto.Signer
+	csr  []byte // PKCS#10 in DER
+}
+
+// newRequest makes a key and a PKCS#10 request for it, which names the identity: an
+// authority behind the control plane's may certify what the key's holder has signed
+// and nothing else.
+func newRequest(kind mesh.KeyType, id spiffeid.ID) (*request, error) {
 	key, err := makeKey(kind)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make a key: %w", err)
+		return nil, fmt.Errorf("make a key: %w", err)
 	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{URIs: []*url.URL{id.URL()}}, key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make a certificate request: %w", err)
+		return nil, fmt.Errorf("make a certificate request: %w", err)
 	}
-	return key, csr, nil
+	return &request{kind: kind, key: key, csr: csr}, nil
 }
