@@ -45,6 +45,10 @@ type Options struct {
 	// Above says that roots are those of an authority above, which an Enrolment
 	// puts into RootStore: none is made here.
 	Above bool
+	// Leaves signs workloads' certificates in place of the intermediate, which goes on
+	// to sign those of nodes and of the control plane. It needs Above: both are below
+	// the same root. Nil: the intermediate signs all.
+	Leaves LeafSigner
 	// JWTKeyLife is how long a key signs JWT-SVIDs before the next one does.
 	// Zero means DefaultJWTKeyLife.
 	JWTKeyLife time.Duration
@@ -78,6 +82,7 @@ type Authority struct {
 	rootTTL         time.Duration
 	linter          *linter
 	issuance        *Log
+	leaves          *leaves
 	lock            *os.File
 
 	mu           sync.Mutex
@@ -114,6 +119,7 @@ func Open(opts Options) (*Authority, error) {
 		rootStore:       opts.RootStore,
 		rootKeys:        opts.RootKeys,
 		isBelow:         opts.Above,
+		leaves:          newLeaves(opts.Leaves),
 		now:             opts.Now,
 		log:             opts.Log,
 		changed:         make(chan struct{}),
@@ -150,6 +156,8 @@ func Open(opts Options) (*Authority, error) {
 		return nil, errors.New("ca: options: Dir is empty; name a directory for keys and the issuance log")
 	case a.td.IsZero():
 		return nil, errors.New("ca: options: TrustDomain is empty")
+	case opts.Leaves != nil && !a.isBelow:
+		return nil, errors.New("ca: options: Leaves needs Above")
 	case a.rootTTL < 0 || a.intermediateTTL < 0 || a.intermediateTTL > a.rootTTL:
 		return nil, fmt.Errorf("ca: options: IntermediateTTL %s must be positive and not above RootTTL %s", a.intermediateTTL, a.rootTTL)
 	}

@@ -76,6 +76,22 @@ func readCSR(der []byte, id spiffeid.ID) (crypto.PublicKey, error) {
 	return csr.PublicKey, nil
 }
 
+// checkWhole refuses a request, in which readCSR found nothing wrong, that does not
+// say for itself what is to be certified: authorities above copy what they are given.
+func checkWhole(der []byte) error {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return err
+	}
+	if len(csr.Extensions) != 1 || !csr.Extensions[0].Id.Equal(oidSAN) {
+		return errors.New("names no identity, and each workload is certified by the authority above, which certifies what the request names; update signet-agent on this node, older ones ask so")
+	}
+	if !bytes.Equal(csr.RawSubject, []byte{0x30, 0}) {
+		return fmt.Errorf("has the subject %.256q, which the authority above would copy; leave it empty", csr.Subject)
+	}
+	return nil
+}
+
 // checkPublicKey refuses keys that are weak or that some peers cannot verify.
 func checkPublicKey(pub crypto.PublicKey) error {
 	switch k := pub.(type) {

@@ -60,6 +60,7 @@ type Enrolment struct {
 	status  UpstreamStatus // guarded by mu
 	changed chan struct{}  // guarded by mu; closed and replaced when status changes
 	due     func(*x509.Certificate) string
+	leaves  func() UpstreamError // guarded by mu; nil: the intermediate signs all
 
 	// Of the loop alone.
 	idle    time.Time // since when nothing is wanted; zero: something is
@@ -105,6 +106,13 @@ func (e *Enrolment) SetDue(due func(root *x509.Certificate) string) {
 	e.due = due
 }
 
+// SetLeaves has the status say, too, why workloads' certificates do not come.
+func (e *Enrolment) SetLeaves(leaves func() UpstreamError) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.leaves = leaves
+}
+
 // Ready waits until an intermediate can sign.
 func (e *Enrolment) Ready(ctx context.Context) error {
 	for {
@@ -137,6 +145,12 @@ func (e *Enrolment) step(parent context.Context) time.Duration {
 	ctx, cancel := context.WithTimeout(parent, 3*rootStoreTime)
 	defer cancel()
 	now := e.cfg.Now()
+	e.mu.Lock()
+	leaves := e.leaves
+	e.mu.Unlock()
+	if leaves != nil {
+		e.tell(func(s *UpstreamStatus) { s.Leaves = leaves() })
+	}
 	set, version, err := e.load(ctx)
 	if err != nil {
 		e.tell(func(s *UpstreamStatus) { s.Reason, s.Message = UpstreamUnreachable, err.Error() })

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
@@ -27,11 +28,17 @@ type Issued struct {
 	NotBefore, NotAfter time.Time
 }
 
-// Issue signs what was prepared. The intent is durable in the issuance log
+// Issue is IssueContext for who has no context.
+func (a *Authority) Issue(p *Prepared) (*Issued, error) {
+	return a.IssueContext(context.Background(), p)
+}
+
+// IssueContext signs what was prepared, or has the authority above sign it, which ctx
+// bounds; what comes of that is an *UpstreamError if it is an error. The intent is durable in the issuance log
 // before the key is used; when that fails, nothing is signed. NotAfter may be
 // earlier than asked for when the intermediate ends earlier, but by more than
 // half only when the root itself is about to end.
-func (a *Authority) Issue(p *Prepared) (*Issued, error) {
+func (a *Authority) IssueContext(ctx context.Context, p *Prepared) (*Issued, error) {
 	if p == nil || p.authority != a {
 		return nil, errors.New("ca: issue: the request was not prepared by this authority")
 	}
@@ -41,6 +48,15 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 	now := a.now()
 	if age := now.Sub(p.at); age > preparedFor || age < -preparedFor {
 		return nil, fmt.Errorf("ca: issue: the request was prepared %s ago; prepare it again", age)
+	}
+	if a.leaves.certifies(p.req.ID) {
+		if root, above := a.below(); root != nil {
+			issued, err := a.issueLeaf(ctx, p, root, above, now)
+			if err != nil {
+				return nil, fmt.Errorf("ca: issue: %w", err)
+			}
+			return issued, nil
+		}
 	}
 	signer, root, err := a.signer(p, now)
 	if err != nil {
@@ -111,6 +127,12 @@ func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, root
 		return nil, fmt.Errorf("what was signed is not what was prepared for %q", p.req.ID)
 	}
 	return cert, nil
+}
+
+// believed reports whether peers that trust a root believe a chain.
+func (a *Authority) believed(chain []*x509.Certificate, root *x509.Certificate, now time.Time) error {
+	_, _, err := x509svid.Verify(chain, a.bundleOf(root), x509svid.WithTime(now))
+	return err
 }
 
 // signer returns the intermediate to sign p with, and its root, after renewing the

@@ -34,10 +34,14 @@ const (
 // KindJWT is the kind of a JWT-SVID; a certificate's is empty.
 const KindJWT = "jwt"
 
+// KindRequest is the kind of a request to the authority above for which no certificate
+// has come. Its serial is the request's own number; a certificate takes its place.
+const KindRequest = "request"
+
 // Entry is one issuance.
 type Entry struct {
 	Time     time.Time `json:"time"`           // of the intent
-	Kind     string    `json:"kind,omitempty"` // empty or KindJWT
+	Kind     string    `json:"kind,omitempty"` // empty, KindJWT or KindRequest
 	Serial   string    `json:"serial"`         // lower-case hexadecimal; a token's jti
 	ID       string    `json:"id"`
 	Node     string    `json:"node,omitempty"`     // on whose behalf
@@ -81,6 +85,7 @@ type line struct {
 	Issuer     string    `json:"issuer,omitempty"`
 	KeySHA256  string    `json:"keySHA256,omitempty"`
 	Audience   []string  `json:"audience,omitempty"`
+	Was        string    `json:"was,omitempty"` // the serial of the request that this takes the place of
 	CertSHA256 string    `json:"certSHA256,omitempty"`
 	Error      string    `json:"error,omitempty"`
 	Reason     string    `json:"reason,omitempty"`
@@ -276,7 +281,7 @@ func (l *Log) Of(id spiffeid.ID, now time.Time) (out []Entry, since time.Time, e
 		if first {
 			since, first = e.Time, false
 		}
-		return e.ID == id.String() && e.Kind != KindJWT && !(&Revoked{NotAfter: e.NotAfter}).over(now)
+		return e.ID == id.String() && e.Kind == "" && !(&Revoked{NotAfter: e.NotAfter}).over(now)
 	})
 	return out, since, err
 }
@@ -312,13 +317,23 @@ func (l *Log) read(want func(*line) bool) ([]Entry, error) {
 		}
 		switch e.Event {
 		case "intent":
-			if want(&e) {
-				index[e.Serial] = len(out)
-				out = append(out, Entry{
-					Time: e.Time, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
-					NotBefore: e.NotBefore, NotAfter: e.NotAfter, Issuer: e.Issuer, KeySHA256: e.KeySHA256, Audience: e.Audience,
-					Outcome: OutcomeUnknown,
-				})
+			request, asked := index[e.Was]
+			delete(index, e.Was)
+			if i, again := index[e.Serial]; again { // what was decided is asked for again
+				out[i].Outcome, out[i].Error = OutcomeUnknown, ""
+				continue
+			}
+			if !asked && !want(&e) {
+				continue
+			}
+			if !asked {
+				request, out = len(out), append(out, Entry{})
+			}
+			index[e.Serial] = request
+			out[request] = Entry{
+				Time: e.Time, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
+				NotBefore: e.NotBefore, NotAfter: e.NotAfter, Issuer: e.Issuer, KeySHA256: e.KeySHA256, Audience: e.Audience,
+				Outcome: OutcomeUnknown,
 			}
 		case string(OutcomeIssued), string(OutcomeFailed):
 			if i, ok := index[e.Serial]; ok {

@@ -34,7 +34,8 @@ type Request struct {
 	// ID is the identity to certify: a workload, a node, or the control plane,
 	// of the authority's trust domain.
 	ID spiffeid.ID
-	// CSR is PKCS#10 in DER. Only its public key is used.
+	// CSR is PKCS#10 in DER. Only its public key is used, but where an authority above
+	// certifies workloads, who is given all of it.
 	CSR []byte
 	// TTL is from now to NotAfter, from MinTTL to MaxTTL. Zero means the
 	// profile's.
@@ -71,6 +72,11 @@ func (a *Authority) Prepare(req Request) (*Prepared, error) {
 	pub, err := readCSR(req.CSR, req.ID)
 	if err != nil {
 		return nil, fmt.Errorf("ca: prepare: %w", err)
+	}
+	if a.leaves.certifies(req.ID) {
+		if err := checkWhole(req.CSR); err != nil {
+			return nil, fmt.Errorf("ca: prepare: csr: %w", err)
+		}
 	}
 	serial, err := newSerial()
 	if err != nil {

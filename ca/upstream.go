@@ -61,6 +61,9 @@ type UpstreamError struct {
 // Error is the message.
 func (e *UpstreamError) Error() string { return e.Message }
 
+// Final reports whether it was decided: asking again at once has the same answer.
+func (e *UpstreamError) Final() bool { return e.Reason.final() }
+
 // asUpstreamError takes an error that does not say for one of the way there.
 func asUpstreamError(err error) *UpstreamError {
 	var e *UpstreamError
@@ -82,6 +85,21 @@ type UpstreamStatus struct {
 	NotAfter, RenewAt time.Time
 	// RetryAt is when it is asked again after it said no; zero: it did not.
 	RetryAt time.Time
+	// Leaves says why workloads' certificates do not come, where each comes from the
+	// authority above; zero: they do.
+	Leaves UpstreamError
+}
+
+// Said is the reason and the message of what an operator should know first.
+func (s *UpstreamStatus) Said() (UpstreamReason, string) {
+	if s.Leaves.Reason == "" {
+		return s.Reason, s.Message
+	}
+	message := "workloads' certificates do not come: " + s.Leaves.Message + "; those that are there go on until they expire"
+	if s.Reason != UpstreamReady {
+		message += "; of the intermediate: " + s.Message
+	}
+	return s.Leaves.Reason, message
 }
 
 // Signs reports whether there is an intermediate to sign with.

@@ -557,7 +557,7 @@ func TestCertManager(t *testing.T) {
 	}
 	for _, d := range r.deployments {
 		args := d.Spec.Template.Spec.Containers[0].Args
-		for _, want := range []string{"--cert-manager-issuer=company", "--cert-manager-issuer-kind=ClusterIssuer", "--cert-manager-roots=/etc/signet/roots/roots.pem"} {
+		for _, want := range []string{"--cert-manager-issuer=company", "--cert-manager-issuer-kind=ClusterIssuer", "--cert-manager-mode=intermediate", "--cert-manager-roots=/etc/signet/roots/roots.pem"} {
 			if !slices.Contains(args, want) {
 				t.Errorf("%s is not among %q", want, args)
 			}
@@ -595,6 +595,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"certManager.enabled=true", "name"},
 		{"certManager.issuerRef.name=Company", "name"},
 		{"certManager.duration=a week", "duration"},
+		{"certManager.mode=strict", "mode"},
 	} {
 		_, errs, err := helm(t.Context(), t, "template", "signet", "chart/signet", "--set", "trustDomain=mesh.example", "--set", c.set)
 		if err == nil || !strings.Contains(errs, c.names) || !strings.Contains(errs, "schema") {

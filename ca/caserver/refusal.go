@@ -25,12 +25,13 @@ const (
 	ReasonRate        Reason = "rate"        // the node asks too often
 	ReasonRequest     Reason = "request"     // what was asked is wrong in itself
 	ReasonStarting    Reason = "starting"    // there is no state yet
+	ReasonAbove       Reason = "above"       // the authority above has said no
 )
 
 // Reasons are all of them.
 var Reasons = []Reason{
 	ReasonCertificate, ReasonRevoked, ReasonCaller, ReasonToken, ReasonQuarantine, ReasonNode, ReasonPod, ReasonNamespace,
-	ReasonRate, ReasonRequest, ReasonStarting,
+	ReasonRate, ReasonRequest, ReasonStarting, ReasonAbove,
 }
 
 // code is what the caller is told by.
@@ -42,6 +43,8 @@ func (r Reason) code() codes.Code {
 		return codes.ResourceExhausted
 	case ReasonRequest:
 		return codes.InvalidArgument
+	case ReasonAbove:
+		return codes.FailedPrecondition
 	case ReasonStarting:
 		return codes.Unavailable
 	}

@@ -210,7 +210,14 @@ func (s *Server) issue(ctx context.Context, call string, req ca.Request) ([][]by
 	if err != nil {
 		return nil, s.refuseFor(ctx, call, req.Node, req.Workload, ReasonRequest, "%v", err)
 	}
-	issued, err := s.authority.Issue(p)
+	issued, err := s.authority.IssueContext(ctx, p)
+	if no := (*ca.UpstreamError)(nil); errors.As(err, &no) {
+		if no.Final() {
+			return nil, s.refuseFor(ctx, call, req.Node, req.Workload, ReasonAbove, "%s", no.Message)
+		}
+		s.log.WarnContext(ctx, "not issued yet", "call", call, "node", req.Node, "id", req.ID.String(), "reason", string(no.Reason), "message", no.Message)
+		return nil, status.Error(codes.Unavailable, no.Message)
+	}
 	if err != nil {
 		s.log.ErrorContext(ctx, "issuing failed", "call", call, "node", req.Node, "id", req.ID.String(), "err", err)
 		return nil, status.Error(codes.Unavailable, "the certificate could not be issued; see the control plane's log")

@@ -1,5 +1,6 @@
-// Package certmanager has cert-manager be the authority above: an intermediate is
-// asked for with a CertificateRequest, of any Issuer or ClusterIssuer.
+// Package certmanager has cert-manager be the authority above: an intermediate, or each
+// workload's certificate, is asked for with a CertificateRequest, of any Issuer or
+// ClusterIssuer.
 package certmanager
 
 import (
@@ -14,6 +15,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	cmv1 "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -56,12 +58,16 @@ func (i Issuer) ref() cmmeta.IssuerReference {
 	return cmmeta.IssuerReference{Name: i.Name, Kind: i.Kind, Group: i.Group}
 }
 
-// Upstream asks with CertificateRequests in one namespace. It implements ca.Upstream.
+// Upstream asks with CertificateRequests in one namespace. It implements ca.Upstream and
+// ca.LeafSigner.
 type Upstream struct {
 	client    cmclient.CertificateRequestsGetter
 	namespace string
 	issuer    Issuer
 	log       *slog.Logger
+
+	mu    sync.Mutex
+	swept time.Time // guarded by mu; when it was looked for workloads' requests that were left behind
 }
 
 // New returns an Upstream that asks an issuer, from a namespace, in which an Issuer

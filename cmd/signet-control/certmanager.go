@@ -13,6 +13,7 @@ import (
 
 	cmclient "github.com/cert-manager/cert-manager/pkg/client/clientset/versioned/typed/certmanager/v1"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	restclient "k8s.io/client-go/rest"
 
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/certmanager"
@@ -28,7 +29,14 @@ type certManager struct {
 	issuer   certmanager.Issuer
 	duration time.Duration
 	roots    string
+	mode     string
 }
+
+// The modes.
+const (
+	modeIntermediate = "intermediate"
+	modePerWorkload  = "per-workload"
+)
 
 func (c *certManager) flags(f *flag.FlagSet) {
 	f.StringVar(&c.issuer.Name, "cert-manager-issuer", "", "cert-manager's issuer that certifies the intermediate; empty: the mesh has a root of its own")
@@ -36,12 +44,15 @@ func (c *certManager) flags(f *flag.FlagSet) {
 	f.StringVar(&c.issuer.Group, "cert-manager-issuer-group", "", "group of that kind (default cert-manager.io)")
 	f.DurationVar(&c.duration, "cert-manager-duration", ca.DefaultIntermediateTTL, "lifetime of the intermediate that is asked for; it is renewed at half of it")
 	f.StringVar(&c.roots, "cert-manager-roots", "", "file of the only roots that the issuer's chains may end at, PEM; empty: those that it says")
+	f.StringVar(&c.mode, "cert-manager-mode", modeIntermediate, "intermediate: workloads are certified below the intermediate; per-workload: each by the issuer itself, for small clusters (see docs/cert-manager.md)")
 }
 
 // check refuses what makes no sense.
 func (c *certManager) check(kubernetes bool) error {
 	switch {
-	case c.issuer == certmanager.Issuer{} && c.roots == "":
+	case c.mode != modeIntermediate && c.mode != modePerWorkload:
+		return fmt.Errorf("--cert-manager-mode: is %q; use %s or %s", c.mode, modeIntermediate, modePerWorkload)
+	case c.issuer == certmanager.Issuer{} && c.roots == "" && c.mode == modeIntermediate:
 		return nil
 	case c.issuer.Name == "":
 		return errors.New("--cert-manager-issuer: is missing; name the issuer that the other --cert-manager flags are about")
@@ -65,7 +76,12 @@ func (c *certManager) apply(cfg *control.Config, client *kube.Client, namespace 
 	if err != nil {
 		return fmt.Errorf("--cert-manager-roots: %w", err)
 	}
-	requests, err := cmclient.NewForConfig(client.Config)
+	rest := client.Config
+	if c.mode == modePerWorkload {
+		rest = restclient.CopyConfig(rest)
+		rest.QPS, rest.Burst = certmanager.QPS, certmanager.Burst
+	}
+	requests, err := cmclient.NewForConfig(rest)
 	if err != nil {
 		return err
 	}
@@ -75,6 +91,9 @@ func (c *certManager) apply(cfg *control.Config, client *kube.Client, namespace 
 	}
 	cfg.Above = func(td spiffeid.TrustDomain) (*ca.Enrolment, error) {
 		return ca.NewEnrolment(ca.EnrolmentConfig{TrustDomain: td, Store: cfg.Roots, Upstream: upstream, TTL: c.duration, Roots: roots, Log: cfg.Log})
+	}
+	if c.mode == modePerWorkload {
+		cfg.Leaves = upstream
 	}
 	cfg.Enrolling = func(ctx context.Context, follow control.Upstream) error {
 		status.Status = follow

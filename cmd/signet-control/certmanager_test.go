@@ -24,6 +24,9 @@ func TestCertManagerFlags(t *testing.T) {
 		{"--cert-manager-issuer-kind=ClusterIssuer", true, "--cert-manager-issuer: is missing"},
 		{"--cert-manager-roots=roots.pem", true, "--cert-manager-issuer: is missing"},
 		{"--cert-manager-issuer=company --cert-manager-issuer-kind=Certificate", true, `kind "Certificate"`},
+		{"--cert-manager-issuer=company --cert-manager-mode=per-workload", true, ""},
+		{"--cert-manager-issuer=company --cert-manager-mode=strict", true, `--cert-manager-mode: is "strict"`},
+		{"--cert-manager-mode=per-workload", true, "--cert-manager-issuer: is missing"},
 		{"--cert-manager-issuer=company --cert-manager-duration=1s", true, "--cert-manager-duration: is 1s"},
 	} {
 		var o certManager

@@ -199,7 +199,8 @@ func (c *control) metrics() *prometheus.Registry {
 			return float64(max(0, status().NotAfter.Unix()))
 		})
 		gauge("signet_control_upstream_ready", "0 while the authority above is asked and has not certified.", func() float64 {
-			if status().Reason == ca.UpstreamReady {
+			s := status()
+			if reason, _ := s.Said(); reason == ca.UpstreamReady {
 				return 1
 			}
 			return 0

@@ -83,6 +83,9 @@ type Config struct {
 	// Above keeps roots and intermediate of an authority above in Roots; nil: the
 	// mesh has a root of its own.
 	Above func(spiffeid.TrustDomain) (*ca.Enrolment, error)
+	// Leaves signs workloads' certificates below the root of the authority above; nil:
+	// the intermediate does.
+	Leaves ca.LeafSigner
 	// JWTKeys keeps the keys that sign JWT-SVIDs; nil: a file beside the root's.
 	JWTKeys ca.JWTKeyStore
 	// JWTKeyLife is how long each signs; zero: ca.DefaultJWTKeyLife.
@@ -185,7 +188,7 @@ func (c *control) serve(ctx context.Context) error {
 		return err
 	}
 	defer stop()
-	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, RootKeys: c.cfg.RootKeys, Above: above != nil, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
+	authority, err := ca.Open(ca.Options{Dir: dir, TrustDomain: td, RootStore: c.cfg.Roots, RootKeys: c.cfg.RootKeys, Above: above != nil, Leaves: c.cfg.Leaves, JWTKeyStore: c.cfg.JWTKeys, JWTKeyLife: c.cfg.JWTKeyLife, JWTIssuer: c.cfg.Federation.Issuer, Log: c.log})
 	if err != nil {
 		return err
 	}
@@ -260,7 +263,10 @@ func (c *control) serve(ctx context.Context) error {
 		}
 	}
 	if above != nil {
-		above.SetDue(c.rotation.wanted)
+		above.SetDue(func(root *x509.Certificate) string {
+			return cmp.Or(c.rotation.wanted(root), authority.LeavesElsewhere(root))
+		})
+		above.SetLeaves(authority.Leaves)
 	}
 	g.Go(func() error { c.rotation.run(ctx); return nil })
 	if c.cfg.Roots != nil {

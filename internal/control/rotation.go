@@ -362,8 +362,9 @@ func (r *rotation) status() adminv1.AuthorityStatus {
 	}
 	if r.above != nil {
 		s, _ := r.above.Status()
+		reason, message := s.Said()
 		out.Upstream = &adminv1.UpstreamStatus{
-			Name: s.Upstream, Reason: string(s.Reason), Message: s.Message, Wanted: s.Wanted, NotAfter: s.NotAfter, RenewAt: s.RenewAt, RetryAt: s.RetryAt,
+			Name: s.Upstream, Reason: string(reason), Message: message, Wanted: s.Wanted, NotAfter: s.NotAfter, RenewAt: s.RenewAt, RetryAt: s.RetryAt,
 		}
 	}
 	r.mu.Lock()

@@ -137,15 +137,18 @@ func (s *AuthorityStatus) write(ctx context.Context, status ca.UpstreamStatus) e
 	return err
 }
 
-// authorityCondition is True while certificates can be signed, whatever the reason
-// says of the next intermediate.
+// authorityCondition is True while certificates can be signed, those of workloads too,
+// whatever the reason says of the next intermediate.
 func authorityCondition(s ca.UpstreamStatus, generation int64, now time.Time) metav1.Condition {
+	reason, text := s.Said()
 	c := metav1.Condition{
-		Type: v1alpha1.ConditionAuthority, Status: metav1.ConditionFalse, Reason: string(s.Reason),
+		Type: v1alpha1.ConditionAuthority, Status: metav1.ConditionFalse, Reason: string(reason),
 		ObservedGeneration: generation, LastTransitionTime: metav1.NewTime(now.Truncate(time.Second)),
 	}
-	message := []string{s.Message}
-	if s.Signs(now) {
+	message := []string{text}
+	if s.Leaves.Reason != "" && s.Signs(now) {
+		message = append(message, "nodes and the control plane are certified until "+s.NotAfter.UTC().Format(time.RFC3339))
+	} else if s.Signs(now) {
 		c.Status = metav1.ConditionTrue
 		if s.Reason != ca.UpstreamReady {
 			message = append(message, "the present intermediate signs until "+s.NotAfter.UTC().Format(time.RFC3339))

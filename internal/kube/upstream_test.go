@@ -124,6 +124,9 @@ func testAuthority(t *testing.T, c, as *Client) {
 	is("True Denied")
 	lease("me")
 	is("True Failed") // within the time in which it is looked who leads
+	// Nodes can be certified, and workloads cannot: that is no authority.
+	status.set(ca.UpstreamStatus{Reason: ca.UpstreamReady, Message: "valid", NotAfter: end, Leaves: ca.UpstreamError{Reason: ca.UpstreamPending, Message: "waits for approval"}})
+	is("False Pending: workloads' certificates do not come: waits for approval; those that are there go on until they expire; nodes and the control plane are certified until " + end.UTC().Format(time.RFC3339))
 	stop()
 	running.Wait()
 

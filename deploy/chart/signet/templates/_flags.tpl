@@ -32,6 +32,7 @@ bundle endpoint and cert-manager.
 - --cert-manager-issuer-kind={{ .issuerRef.kind }}
 - --cert-manager-issuer-group={{ .issuerRef.group }}
 - --cert-manager-duration={{ .duration }}
+- --cert-manager-mode={{ .mode }}
 {{- if .roots }}
 - --cert-manager-roots=/etc/signet/roots/roots.pem
 {{- end }}
