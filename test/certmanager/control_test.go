@@ -42,6 +42,7 @@ type world struct {
 	client     dynamic.Interface
 	program    string
 	health     string // host:port
+	socket     string // where nodes connect to the control plane that was started last
 }
 
 func newWorld(t *testing.T) *world {
@@ -126,12 +127,13 @@ func (w *world) create(doc string) {
 }
 
 // start runs the control plane until stop, which kills it.
-func (w *world) start(name string) (stop func()) {
+func (w *world) start(name string, further ...string) (stop func()) {
 	w.Helper()
 	file, dir := w.kubeconfig(), w.TempDir()
-	cmd := exec.CommandContext(context.Background(), w.program, "--kubernetes", "--kubeconfig", file, "--namespace", release, "--replica", name,
-		"--listen", filepath.Join(dir, "nodes.sock"), "--admin-listen", filepath.Join(dir, "admin.sock"), "--health-listen", w.health, "--state-dir", filepath.Join(dir, "state"),
-		"--cert-manager-issuer=mesh", "--cert-manager-duration=1h")
+	w.socket = filepath.Join(dir, "nodes.sock")
+	cmd := exec.CommandContext(context.Background(), w.program, append(further, "--kubernetes", "--kubeconfig", file, "--namespace", release, "--replica", name,
+		"--listen", w.socket, "--admin-listen", filepath.Join(dir, "admin.sock"), "--health-listen", w.health, "--state-dir", filepath.Join(dir, "state"),
+		"--cert-manager-issuer=mesh", "--cert-manager-duration=1h")...)
 	var out output
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -187,17 +189,22 @@ func (w *world) says(want string) {
 		if err != nil {
 			return err
 		}
-		all, _, err := unstructured.NestedSlice(o.Object, "status", "conditions")
-		for _, c := range all {
-			if c := c.(map[string]any); c["type"] == "Authority" {
-				if got := fmt.Sprintf("%s %s: %s", c["status"], c["reason"], c["message"]); !strings.HasPrefix(got, want) {
-					return fmt.Errorf("%q, want %q", got, want)
-				}
-				return nil
-			}
-		}
-		return fmt.Errorf("no condition in %v, %w", all, err)
+		return conditionIs(o.Object, want)
 	})
+}
+
+// conditionIs returns why a MeshConfig's condition Authority does not begin so.
+func conditionIs(config map[string]any, want string) error {
+	all, _, err := unstructured.NestedSlice(config, "status", "conditions")
+	for _, c := range all {
+		if c := c.(map[string]any); c["type"] == "Authority" {
+			if got := fmt.Sprintf("%s %s: %s", c["status"], c["reason"], c["message"]); !strings.HasPrefix(got, want) {
+				return fmt.Errorf("%q, want %q", got, want)
+			}
+			return nil
+		}
+	}
+	return fmt.Errorf("no condition in %v, %w", all, err)
 }
 
 // published waits until the bundle that nodes join with has so many roots, none of
