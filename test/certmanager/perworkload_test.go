@@ -100,7 +100,7 @@ func (w *world) dial(td spiffeid.TrustDomain, roots []*x509.Certificate, cert *t
 // certificate below the intermediate, and gets a workload's, which is the issuer's own;
 // both are believed by who trusts the one root. An older agent's request is refused.
 // While cert-manager is gone nobody new is certified, the condition says so, and nodes
-// stay served; when it is back all goes on.
+// stay served; when it is back all goes on. Another CA of the issuer is noticed.
 func TestPerWorkload(t *testing.T) {
 	w := newWorld(t)
 	core := kubernetes.NewForConfigOrDie(w.admin)
@@ -197,4 +197,24 @@ spec: {commonName: mesh-ca, isCA: true, secretName: mesh-ca, privateKey: {algori
 	if err != nil || len(list.Items) != 0 {
 		t.Errorf("%d requests are left, %v", len(list.Items), err)
 	}
+
+	// The issuer has another CA: what it certifies is refused, and its root is published
+	// long before the intermediate is due.
+	if err := w.resource("v1", "Secret").Namespace(release).Delete(w.Context(), "mesh-ca", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 40*time.Second, func() error {
+		_, csr := w.request(web)
+		chain, err := issue(csr)
+		if status.Code(err) == codes.FailedPrecondition {
+			return nil
+		}
+		if err == nil {
+			if _, err := x509check.Verify(w.parse(chain), x509bundle.FromX509Authorities(td, roots), time.Now()); err != nil {
+				t.Errorf("handed out and not believed: %v", err)
+			}
+		}
+		return fmt.Errorf("the issuer still has its CA: %w", err)
+	})
+	w.published(2)
 }
