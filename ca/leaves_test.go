@@ -151,7 +151,7 @@ func TestLeafFromAbove(t *testing.T) {
 		if via {
 			want = 2
 		}
-		if err := verifies(t, issued, w.issuer.above.root, w.clock.now()); err != nil || len(issued.Chain) != want || bytes16(leaf.AuthorityKeyId) == bytes16(w.intermediate.cert.SubjectKeyId) {
+		if err := verifies(t, issued, w.issuer.above.root, w.clock.now()); err != nil || len(issued.Chain) != want || hexOf(leaf.AuthorityKeyId) == hexOf(w.intermediate.cert.SubjectKeyId) {
 			t.Errorf("via %t: a chain of %d: %v", via, len(issued.Chain), err)
 		}
 		entries, err := w.IssuanceLog().Entries(time.Time{})
@@ -178,7 +178,7 @@ func TestLeafFromAbove(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := verifies(t, own, w.issuer.above.root, w.clock.now()); err != nil || bytes16(parse(t, own.Chain[0]).AuthorityKeyId) != bytes16(w.intermediate.cert.SubjectKeyId) {
+			if err := verifies(t, own, w.issuer.above.root, w.clock.now()); err != nil || hexOf(parse(t, own.Chain[0]).AuthorityKeyId) != hexOf(w.intermediate.cert.SubjectKeyId) {
 				t.Errorf("%s: %v", id, err)
 			}
 		}
@@ -188,7 +188,7 @@ func TestLeafFromAbove(t *testing.T) {
 	}
 }
 
-func bytes16(b []byte) string { return fmt.Sprintf("%x", b) }
+func hexOf(b []byte) string { return fmt.Sprintf("%x", b) }
 
 // Defends identities from what an authority above would copy out of a request: before
 // it sees one, the request names its identity and nothing else. Older agents' name none.

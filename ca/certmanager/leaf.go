@@ -13,7 +13,6 @@ import (
 	cmv1 "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/signet-mesh/signet/ca"
 )
@@ -132,8 +131,7 @@ func refused(u *Upstream, r *cmv1.CertificateRequest) bool {
 func (u *Upstream) remove(ctx context.Context, r *cmv1.CertificateRequest) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTime)
 	defer cancel()
-	uid := types.UID(r.UID)
-	err := u.client.CertificateRequests(u.namespace).Delete(ctx, r.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid}})
+	err := u.client.CertificateRequests(u.namespace).Delete(ctx, r.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &r.UID}})
 	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
 		u.log.WarnContext(ctx, "a CertificateRequest that was decided could not be removed; it is removed later", "name", r.Name, "error", err)
 	}
