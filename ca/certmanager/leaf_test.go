@@ -285,7 +285,9 @@ func TestLeafDecided(t *testing.T) {
 
 	// Nothing is asked for that could not be recorded.
 	third := wholeCSR(t, id)
-	_, err := u.CertifyLeaf(t.Context(), ca.LeafRequest{ID: id, CSR: third, TTL: time.Hour, Record: func() error { return errors.New("disk full") }})
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	_, err := u.CertifyLeaf(ctx, ca.LeafRequest{ID: id, CSR: third, TTL: time.Hour, Record: func() error { return errors.New("disk full") }})
 	if err == nil || len(w.workloadRequests(t)) != 2 {
 		t.Errorf("%v, %d requests", err, len(w.workloadRequests(t)))
 	}
