@@ -60,11 +60,8 @@ func (s *AuthorityStatus) Run(ctx context.Context) error {
 		if err == nil && (writes || s.Status == nil) {
 			err = s.write(ctx, status)
 		}
-		if ctx.Err() != nil {
-			return nil
-		}
 		switch {
-		case err != nil:
+		case err != nil && ctx.Err() == nil:
 			s.Log.WarnContext(ctx, "the condition Authority could not be written; it is tried again", "error", err)
 			again = authorityRetry
 		case s.Status == nil:
