@@ -311,6 +311,14 @@ func (b *bench) patchProxy(args ...string) {
 func TestUpgradeThatFails(t *testing.T) {
 	b := open(t)
 	l := b.load()
+	// What earlier tests have left ends with its last connection, and is not to do
+	// so while it is looked at.
+	b.eventually(time.Minute, func() string {
+		if n := len(b.parts("proxy")); n != len(b.cluster.Nodes()) {
+			return fmt.Sprintf("%d proxies, want one on each node", n)
+		}
+		return ""
+	})
 	for _, c := range []struct {
 		what string
 		do   func()
