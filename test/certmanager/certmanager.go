@@ -3,13 +3,11 @@
 package certmanager
 
 import (
-	"bytes"
 	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -87,7 +85,7 @@ func Start(t *testing.T, config *rest.Config, without ...string) *Controllers {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, program, "--kubeconfig", kubeconfig(t, config), "--without", strings.Join(without, ","))
-	var out output
+	var out kubeapiserver.Output
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second
@@ -104,7 +102,7 @@ func Start(t *testing.T, config *rest.Config, without ...string) *Controllers {
 	t.Cleanup(func() {
 		c.Stop()
 		if t.Failed() {
-			t.Logf("cert-manager:\n%s", out.tail())
+			t.Logf("cert-manager:\n%s", out.Tail())
 		}
 	})
 	return c
@@ -130,23 +128,4 @@ func kubeconfig(t *testing.T, c *rest.Config) string {
 		t.Fatal(err)
 	}
 	return file
-}
-
-// output keeps what a program prints.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer // guarded by mu
-}
-
-func (o *output) Write(b []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(b)
-}
-
-func (o *output) tail() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	b := o.buf.Bytes()
-	return string(b[max(0, len(b)-4000):])
 }

@@ -134,7 +134,7 @@ func (w *world) start(name string, further ...string) (stop func()) {
 	cmd := exec.CommandContext(context.Background(), w.program, append(further, "--kubernetes", "--kubeconfig", file, "--namespace", release, "--replica", name,
 		"--listen", w.socket, "--admin-listen", filepath.Join(dir, "admin.sock"), "--health-listen", w.health, "--state-dir", filepath.Join(dir, "state"),
 		"--cert-manager-issuer=mesh", "--cert-manager-duration=1h")...)
-	var out output
+	var out kubeapiserver.Output
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -151,7 +151,7 @@ func (w *world) start(name string, further ...string) (stop func()) {
 	w.Cleanup(func() {
 		stop()
 		if w.Failed() {
-			w.Logf("%s:\n%s", name, out.tail())
+			w.Logf("%s:\n%s", name, out.Tail())
 		}
 	})
 	return stop

@@ -111,11 +111,11 @@ func Start(t *testing.T, users ...string) *Server {
 	Eventually(t, time.Minute, func() error {
 		r, err := client.Get(s.host + "/readyz")
 		if err != nil {
-			return fmt.Errorf("%w\n%s", err, log.tail())
+			return fmt.Errorf("%w\n%s", err, log.Tail())
 		}
 		r.Body.Close()
 		if r.StatusCode != http.StatusOK {
-			return fmt.Errorf("readyz: %s\n%s", r.Status, log.tail())
+			return fmt.Errorf("readyz: %s\n%s", r.Status, log.Tail())
 		}
 		return nil
 	})
@@ -138,29 +138,31 @@ func Eventually(t *testing.T, limit time.Duration, try func() error) {
 	}
 }
 
-// output keeps what a program prints.
-type output struct {
+// Output keeps what a program prints. It is safe for concurrent use.
+type Output struct {
 	mu  sync.Mutex
 	buf bytes.Buffer // guarded by mu
 }
 
-func (o *output) Write(b []byte) (int, error) {
+// Write implements io.Writer.
+func (o *Output) Write(b []byte) (int, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.buf.Write(b)
 }
 
-func (o *output) tail() string {
+// Tail returns the newest 4000 bytes.
+func (o *Output) Tail() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	b := o.buf.Bytes()
-	return string(b[max(0, len(b)-2000):])
+	return string(b[max(0, len(b)-4000):])
 }
 
 // start runs a program until the test ends.
-func start(t *testing.T, path string, args ...string) *output {
+func start(t *testing.T, path string, args ...string) *Output {
 	t.Helper()
-	out := &output{}
+	out := &Output{}
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Stdout, cmd.Stderr = out, out
@@ -175,7 +177,7 @@ func start(t *testing.T, path string, args ...string) *output {
 		cancel()
 		_ = cmd.Wait() // it was told to end; how does not matter
 		if t.Failed() {
-			t.Logf("%s:\n%s", filepath.Base(path), out.tail())
+			t.Logf("%s:\n%s", filepath.Base(path), out.Tail())
 		}
 	})
 	return out
