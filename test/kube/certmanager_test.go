@@ -117,9 +117,11 @@ func TestCertManager(t *testing.T) {
 		b.install()
 	}()
 	helm := exec.CommandContext(t.Context(), "go", "tool", "-modfile=test/tools/helm/go.mod", "helm", "template", "signet", "deploy/chart/signet", "--namespace", system,
-		"--set", "trustDomain="+trustDomain+",namespace.create=true,image.tag="+b.version+",mesh.svidTTL=20s",
+		"--set", "trustDomain="+trustDomain+",namespace.create=true,mesh.svidTTL=20s",
+		"--set-string", "image.tag="+b.version, // which may be all digits
 		"--set", "certManager.enabled=true,certManager.issuerRef.name=company")
 	helm.Dir = project
+	helm.Stderr = t.Output()
 	manifests, err := helm.Output()
 	if err != nil {
 		t.Fatal(err)
