@@ -52,6 +52,7 @@ require github.com/spiffe/spire-api-sdk v1.2.5-0.20260428072036-00f73a61093a
 
 require (
 	github.com/cert-manager/cert-manager v1.21.2
+	github.com/cilium/ebpf v0.22.0
 	k8s.io/apiextensions-apiserver v0.36.2 // indirect
 	sigs.k8s.io/gateway-api v1.6.0 // indirect
 )
@@ -89,7 +90,7 @@ require (
 	github.com/json-iterator/go v1.1.12 // indirect
 	github.com/klauspost/compress v1.20.1 // indirect
 	github.com/lib/pq v1.12.3
-	github.com/mdlayher/socket v0.5.0 // indirect
+	github.com/mdlayher/socket v0.5.1 // indirect
 	github.com/moby/spdystream v0.5.1 // indirect
 	github.com/modern-go/concurrent v0.0.0-20180306012644-bacd9c7ef1dd // indirect
 	github.com/modern-go/reflect2 v1.0.3-0.20250322232337-35a7c28c31ee // indirect

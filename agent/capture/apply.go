@@ -61,12 +61,12 @@ func (n *NS) Remove() error {
 }
 
 func (n *NS) remove() error {
-	// The guard first: without the rules it lets nothing pass.
-	if err := n.removeGuard(); err != nil {
+	found, err := n.findTable()
+	if err != nil {
 		return err
 	}
-	found, err := n.findTable()
-	if err != nil || found == nil {
+	// The guard first: without the rules it lets nothing pass.
+	if err := n.removeGuard(found != nil); err != nil || found == nil {
 		return err
 	}
 	saved, err := n.saved()
@@ -135,8 +135,10 @@ func (n *NS) Leave() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	// Nothing will vouch for what leaves.
-	if err := n.removeGuard(); err != nil {
+	// Nothing will vouch for what leaves. What the guard hung on goes last: a
+	// packet that is lost now comes again when its address is still translated, and
+	// the proxy has stopped to listen.
+	if err := n.liftGuard(); err != nil {
 		return 0, err
 	}
 	if saved == nil { // somebody altered it; the settings stay as they are

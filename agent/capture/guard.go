@@ -1,15 +1,12 @@
 package capture
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-mesh/signet/agent/capture/nft"
@@ -26,61 +23,15 @@ import (
 // off again.
 const vouched = 0x5160e7ed
 
+// Where headers name the next.
+const protocolV4, protocolV6 = 9, 6
+
 // vouch is that last rule.
 func vouch() []expr.Any {
 	return slices.Concat(nft.Meta(expr.MetaKeyOIF, expr.CmpOpNeq, nft.Native(loopbackIndex)), []expr.Any{
 		&expr.Immediate{Register: 1, Data: nft.Native(vouched)},
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
 	})
-}
-
-const (
-	guardName = "signet-guard"
-	// guardPriority comes before filters of others, which see what it lets pass.
-	guardPriority, guardHandle = 1, 0x5160e7
-	// What a filter says of a packet.
-	filterNext, filterDrop = 0xffffffff, 2
-)
-
-// guardProgram is classic packet filter code, which needs neither a compiler nor
-// a right that the agent has not. IPv6 packets with headers before TCP's are
-// taken for TCP: what they hold may be hidden well.
-func guardProgram() []bpf.RawInstruction {
-	const netOff, protocolV4, protocolV6 = 0xfff00000, 9, 6 // SKF_NET_OFF, and where headers name the next
-	program := []bpf.Instruction{
-		bpf.LoadExtension{Num: bpf.ExtMark},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: vouched, SkipTrue: 12},
-		bpf.LoadExtension{Num: bpf.ExtProto},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.ETH_P_IP, SkipTrue: 8},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.ETH_P_IPV6, SkipTrue: 9},
-		bpf.LoadAbsolute{Off: netOff + protocolV6, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_TCP, SkipTrue: 8},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_HOPOPTS, SkipTrue: 7},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_ROUTING, SkipTrue: 6},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_FRAGMENT, SkipTrue: 5},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_AH, SkipTrue: 4},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_DSTOPTS, SkipTrue: 3, SkipFalse: 2},
-		bpf.LoadAbsolute{Off: netOff + protocolV4, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.IPPROTO_TCP, SkipTrue: 1},
-		bpf.RetConstant{Val: filterNext},
-		bpf.RetConstant{Val: filterDrop},
-	}
-	raw, err := bpf.Assemble(program)
-	if err != nil {
-		panic(err) // it is the same each time
-	}
-	return raw
-}
-
-// guardOps is the program as the kernel takes it and gives it back.
-func guardOps() []byte {
-	var out []byte
-	for _, i := range guardProgram() {
-		out = binary.NativeEndian.AppendUint16(out, i.Op)
-		out = append(out, i.Jt, i.Jf)
-		out = binary.NativeEndian.AppendUint32(out, i.K)
-	}
-	return out
 }
 
 // links returns the namespace's ways out. It runs in the namespace.
@@ -117,113 +68,73 @@ func (n *NS) guardDiffers() (string, error) {
 	return diff, nil
 }
 
-// guarded reports whether a link has the guard and it does what it should.
-func guarded(l netlink.Link) (bool, error) {
-	req := nl.NewNetlinkRequest(unix.RTM_GETTFILTER, unix.NLM_F_DUMP)
-	req.AddData(guardAt(l, 0))
-	messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWTFILTER)
-	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-		return false, nil // no link any more, or nothing that filters hang on
-	}
-	if err != nil {
-		return false, fmt.Errorf("list filters of link %s: %w", l.Attrs().Name, err)
-	}
-	for _, m := range messages {
-		msg := nl.DeserializeTcMsg(m)
-		if msg.Handle != guardHandle || msg.Info>>16 != guardPriority {
-			continue
-		}
-		attrs, err := nl.ParseRouteAttr(m[msg.Len():])
-		if err != nil {
-			return false, fmt.Errorf("list filters of link %s: %w", l.Attrs().Name, err)
-		}
-		for _, a := range attrs {
-			if a.Attr.Type != nl.TCA_OPTIONS {
-				continue
-			}
-			options, err := nl.ParseRouteAttr(a.Value)
-			if err != nil {
-				return false, fmt.Errorf("list filters of link %s: %w", l.Attrs().Name, err)
-			}
-			var ops []byte
-			direct := false
-			for _, o := range options {
-				switch o.Attr.Type {
-				case nl.TCA_BPF_OPS:
-					ops = o.Value
-				case nl.TCA_BPF_FLAGS:
-					direct = len(o.Value) == 4 && binary.NativeEndian.Uint32(o.Value)&nl.TCA_BPF_FLAG_ACT_DIRECT != 0
-				}
-			}
-			return direct && slices.Equal(ops, guardOps()), nil
-		}
-	}
-	return false, nil
-}
+// kernelTCX is where the guard hangs, if it does not fail; a filter otherwise.
+var kernelTCX = loadTCX
 
-// guardAt is where the guard hangs on a link.
-func guardAt(l netlink.Link, handle uint32) *nl.TcMsg {
-	msg := &nl.TcMsg{Family: nl.FAMILY_ALL, Ifindex: int32(l.Attrs().Index), Parent: netlink.HANDLE_MIN_EGRESS, Handle: handle}
-	if handle != 0 {
-		msg.Info = netlink.MakeHandle(guardPriority, nl.Swap16(unix.ETH_P_ALL))
+// guarded reports whether a link has the guard and it does what it should. One that
+// an agent of before has hung as a filter is as good.
+func guarded(l netlink.Link) (bool, error) {
+	if g, err := kernelTCX(); err == nil {
+		if ids, err := g.on(l); err != nil || len(ids) > 0 {
+			return err == nil, err
+		}
 	}
-	return msg
+	return filtered(l)
 }
 
 // setGuard puts the guard on every link that has it not. The rules are there
 // already, or it would cut the namespace off.
 func (n *NS) setGuard() error {
-	err := n.do(func() error {
-		all, err := links()
-		if err != nil {
+	return n.eachLink("set guard", func(l netlink.Link) error {
+		found, err := guarded(l)
+		if err != nil || found {
 			return err
 		}
-		for _, l := range all {
-			if found, err := guarded(l); err != nil || found {
-				if err != nil {
-					return err
-				}
-				continue
-			}
-			if err := guardLink(l); err != nil && !errors.Is(err, unix.ENODEV) {
-				return fmt.Errorf("link %s (the kernel needs sch_ingress and cls_bpf): %w", l.Attrs().Name, err)
-			}
+		g, missing := kernelTCX()
+		if missing == nil {
+			err = g.attach(l)
+		} else if err = filterLink(l); err != nil {
+			err = fmt.Errorf("%w (the kernel needs sch_ingress and cls_bpf, or Linux 6.6: %w)", err, missing)
+		}
+		if err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("link %s: %w", l.Attrs().Name, err)
 		}
 		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("capture: %s: set guard: %w", n.path, err)
-	}
-	return nil
 }
 
-func guardLink(l netlink.Link) error {
-	if err := netlink.QdiscAdd(clsact(l)); err != nil && !errors.Is(err, unix.EEXIST) {
+// liftGuard takes the guard off every link. What a filter hung on stays.
+func (n *NS) liftGuard() error {
+	return n.eachLink("lift guard", func(l netlink.Link) error {
+		_, err := unguardLink(l)
 		return err
+	})
+}
+
+// removeGuard takes the guard off every link, and what a filter hung on where nobody
+// else uses that: there was a guard until now or, if lifted, until some time ago.
+func (n *NS) removeGuard(lifted bool) error {
+	return n.eachLink("remove guard", func(l netlink.Link) error {
+		filter, err := unguardLink(l)
+		if err != nil || !filter && !lifted {
+			return err
+		}
+		return unhangLink(l)
+	})
+}
+
+// unguardLink reports whether the guard was a filter.
+func unguardLink(l netlink.Link) (filter bool, err error) {
+	if g, err := kernelTCX(); err == nil {
+		if err := g.detach(l); err != nil {
+			return false, err
+		}
 	}
-	req := nl.NewNetlinkRequest(unix.RTM_NEWTFILTER, unix.NLM_F_CREATE|unix.NLM_F_REPLACE|unix.NLM_F_ACK)
-	req.AddData(guardAt(l, guardHandle))
-	req.AddData(nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("bpf")))
-	options := nl.NewRtAttr(nl.TCA_OPTIONS, nil)
-	ops := guardOps()
-	options.AddRtAttr(nl.TCA_BPF_OPS_LEN, nl.Uint16Attr(uint16(len(guardProgram()))))
-	options.AddRtAttr(nl.TCA_BPF_OPS, ops)
-	options.AddRtAttr(nl.TCA_BPF_NAME, nl.ZeroTerminated(guardName))
-	options.AddRtAttr(nl.TCA_BPF_FLAGS, nl.Uint32Attr(nl.TCA_BPF_FLAG_ACT_DIRECT))
-	req.AddData(options)
-	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
-	return err
+	return unfilterLink(l)
 }
 
-func clsact(l netlink.Link) *netlink.Clsact {
-	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}
-}
-
-// removeGuard takes the guard off every link, and what it hung on where nobody
-// else uses that.
-func (n *NS) removeGuard() error {
+// eachLink does something to every link, whatever becomes of the others.
+func (n *NS) eachLink(what string, f func(netlink.Link) error) error {
 	err := n.do(func() error {
 		all, err := links()
 		if err != nil {
@@ -231,35 +142,12 @@ func (n *NS) removeGuard() error {
 		}
 		var errs []error
 		for _, l := range all {
-			found, err := guarded(l)
-			if err == nil && found {
-				err = unguardLink(l)
-			}
-			errs = append(errs, err)
+			errs = append(errs, f(l))
 		}
 		return errors.Join(errs...)
 	})
 	if err != nil {
-		return fmt.Errorf("capture: %s: remove guard: %w", n.path, err)
-	}
-	return nil
-}
-
-func unguardLink(l netlink.Link) error {
-	req := nl.NewNetlinkRequest(unix.RTM_DELTFILTER, unix.NLM_F_ACK)
-	req.AddData(guardAt(l, guardHandle))
-	req.AddData(nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("bpf")))
-	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("link %s: %w", l.Attrs().Name, err)
-	}
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		others, err := netlink.FilterList(l, parent)
-		if err != nil || len(others) > 0 {
-			return err
-		}
-	}
-	if err := netlink.QdiscDel(clsact(l)); err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("link %s: %w", l.Attrs().Name, err)
+		return fmt.Errorf("capture: %s: %s: %w", n.path, what, err)
 	}
 	return nil
 }

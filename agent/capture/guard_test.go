@@ -1,14 +1,17 @@
 package capture
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
@@ -17,6 +20,22 @@ import (
 	"github.com/signet-mesh/signet/agent/capture/nft"
 	"github.com/signet-mesh/signet/internal/lab"
 )
+
+// guards runs a test with the guard in either place.
+func guards(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	t.Run("program", func(t *testing.T) {
+		if _, err := loadTCX(); err != nil {
+			t.Fatalf("these tests want a kernel whose links take programs: %v", err)
+		}
+		f(t)
+	})
+	t.Run("filter", func(t *testing.T) {
+		kernelTCX = func() (*tcx, error) { return nil, errors.New("not here") }
+		defer func() { kernelTCX = loadTCX }()
+		f(t)
+	})
+}
 
 // flush deletes every rule of a namespace, as `nft flush ruleset` does.
 func flush(t *testing.T, p *lab.Pod) {
@@ -37,7 +56,9 @@ func cutOff(t *testing.T, from *lab.Pod, addr string) {
 // Defends: a namespace whose rules are gone is cut off and not open, both ways
 // and by both families, without anybody there to notice; connections inside and
 // other protocols work on; repaired, all is as before.
-func TestGuard(t *testing.T) {
+func TestGuard(t *testing.T) { guards(t, guardCutsOff) }
+
+func guardCutsOff(t *testing.T) {
 	p := newPair(t)
 	serve(t, p.a, "tcp", ":8080", "app")
 	serve(t, p.b, "tcp", ":8080", "other")
@@ -79,7 +100,7 @@ func TestGuard(t *testing.T) {
 	reaches(t, p.a, net.Dialer{}, "10.88.0.3:8080", "outbound 10.88.0.3:8080")
 
 	// It is the guard that cut it off.
-	if err := open(t, p.a).removeGuard(); err != nil {
+	if err := open(t, p.a).removeGuard(false); err != nil {
 		t.Fatal(err)
 	}
 	notInPlace(t, p.a, "guard removed")
@@ -93,7 +114,9 @@ func TestGuard(t *testing.T) {
 // Defends: a namespace that leaves the mesh is not cut off by the guard, whether
 // its rules are there at that moment, were deleted before, or stay for the sake
 // of what is open.
-func TestGuard_leave(t *testing.T) {
+func TestGuard_leave(t *testing.T) { guards(t, guardLeaves) }
+
+func guardLeaves(t *testing.T) {
 	p := newPair(t)
 	serve(t, p.a, "tcp", ":8080", "app")
 	for _, leave := range []func() error{
@@ -112,7 +135,9 @@ func TestGuard_leave(t *testing.T) {
 
 // Defends: what is open through the proxy when rules are deleted, and repaired
 // soon, goes on: the guard drops packets, and TCP sends them again.
-func TestGuard_openConnections(t *testing.T) {
+func TestGuard_openConnections(t *testing.T) { guards(t, guardKeepsOpen) }
+
+func guardKeepsOpen(t *testing.T) {
 	p := newPair(t)
 	proxy(t, p.a)
 	serve(t, p.b, "tcp", ":8080", "other")
@@ -135,7 +160,9 @@ func TestGuard_openConnections(t *testing.T) {
 
 // Defends: Verify notices a link that came later and a guard that lets all
 // through, Apply repairs both, and Remove leaves nothing, but what is others'.
-func TestGuard_links(t *testing.T) {
+func TestGuard_links(t *testing.T) { guards(t, guardOnLinks) }
+
+func guardOnLinks(t *testing.T) {
 	p := newPair(t)
 	apply(t, p.a)
 	inside := func(what string, f func() error) {
@@ -156,10 +183,13 @@ func TestGuard_links(t *testing.T) {
 		}
 		return all[0]
 	}
-	inside("remove", func() error { return netlink.QdiscDel(clsact(first())) })
+	inside("remove", func() error { _, err := unguardLink(first()); return err })
 	notInPlace(t, p.a, "guard removed")
 	apply(t, p.a)
 	inside("add another's filter", func() error {
+		if err := netlink.QdiscAdd(clsact(first())); err != nil && !errors.Is(err, unix.EEXIST) {
+			return err
+		}
 		return netlink.FilterAdd(&netlink.U32{FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: first().Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 7, Protocol: unix.ETH_P_ALL,
 		}, ClassId: netlink.MakeHandle(1, 1)})
@@ -185,7 +215,62 @@ func TestGuard_links(t *testing.T) {
 	})
 }
 
-// Defends: the program tells TCP without the mark from all else, IPv6 with
+// Defends: who joins or leaves loses no packet. When what a filter hangs on comes or
+// goes the kernel drops what the link is to send: a call that is begun then waits
+// a second, and if it was redirected and the proxy has stopped to listen meanwhile, it is
+// refused. So a program has none, and a filter's stays until nothing is redirected.
+func TestGuard_losesNothing(t *testing.T) {
+	t.Run("program", func(t *testing.T) { guardHangs(t, false) })
+	kernelTCX = func() (*tcx, error) { return nil, errors.New("not here") }
+	defer func() { kernelTCX = loadTCX }()
+	t.Run("filter", func(t *testing.T) { guardHangs(t, true) })
+}
+
+func guardHangs(t *testing.T, filter bool) {
+	p := newPair(t)
+	proxy(t, p.a)
+	see := func(when string, want bool) {
+		t.Helper()
+		err := p.a.Do(func() error {
+			all, err := links()
+			for _, l := range all {
+				disciplines, err := netlink.QdiscList(l)
+				if err != nil {
+					return err
+				}
+				if got := slices.ContainsFunc(disciplines, func(q netlink.Qdisc) bool { return q.Type() == "clsact" }); got != want {
+					t.Errorf("%s: link %s has what a filter hangs on: %t, want %t", when, l.Attrs().Name, got, want)
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	see("before", false)
+	apply(t, p.a)
+	see("captured", filter)
+	c, _, err := dial(t, p.b, net.Dialer{}, "10.88.0.2:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if open, err := Leave(p.a.NetNS); err != nil || open == 0 {
+			t.Fatalf("%d open, %v", open, err)
+		}
+		see("with a redirected connection", filter)
+	}
+	c.Close()
+	for open, deadline := 1, time.Now().Add(5*time.Second); open > 0; time.Sleep(20 * time.Millisecond) {
+		if open, err = Leave(p.a.NetNS); err != nil || time.Now().After(deadline) {
+			t.Fatalf("%d open, %v", open, err)
+		}
+	}
+	see("when the last has ended", false)
+}
+
+// Defends: both programs tell TCP without the mark from all else, IPv6 with
 // headers in between included.
 func TestGuard_program(t *testing.T) {
 	if n := len(guardProgram()); n != 16 {
@@ -217,9 +302,35 @@ func TestGuard_program(t *testing.T) {
 		{"neighbour discovery", 0, unix.ETH_P_IPV6, unix.IPPROTO_ICMPV6, filterNext},
 	} {
 		if got := interpret(t, program, tc.mark, tc.proto, tc.next); got != tc.want {
-			t.Errorf("%s: %#x, want %#x", tc.name, got, tc.want)
+			t.Errorf("filter: %s: %#x, want %#x", tc.name, got, tc.want)
+		}
+		if got := run(t, tc.mark, tc.proto, tc.next); got != tc.want {
+			t.Errorf("program: %s: %#x, want %#x", tc.name, got, tc.want)
 		}
 	}
+}
+
+// run has the kernel judge a packet.
+func run(t *testing.T, mark, proto, next uint32) uint32 {
+	t.Helper()
+	g, err := loadTCX()
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame := binary.BigEndian.AppendUint16(make([]byte, 12), uint16(proto))
+	packet := make([]byte, 60)
+	at := map[uint32]int{unix.ETH_P_IPV6: protocolV6}[proto]
+	if at == 0 {
+		at = protocolV4
+	}
+	packet[at] = byte(next)
+	about := make([]byte, 192)
+	binary.NativeEndian.PutUint32(about[8:], mark)
+	got, err := g.program.Run(&ebpf.RunOptions{Data: append(frame, packet...), Context: about})
+	if err != nil {
+		t.Fatalf("mark %#x, protocol %#x, next %d: %v", mark, proto, next, err)
+	}
+	return got
 }
 
 // interpret runs the few instructions that the program has.
