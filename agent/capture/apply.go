@@ -88,6 +88,7 @@ func (n *NS) remove() error {
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("capture: %s: remove rules: %w", n.path, err)
 	}
+	n.forget()
 	return nil
 }
 

@@ -90,6 +90,38 @@ func TestLeave(t *testing.T) {
 	left(0) // again, where there is nothing
 }
 
+// A connection that has begun while the namespace was out of the mesh goes on when
+// it comes back, although another between the same two ports was redirected before.
+//
+// Defends: the kernel forgets what it has redirected.
+func TestLeave_samePorts(t *testing.T) {
+	p := newPair(t)
+	proxy(t, p.a)
+	serve(t, p.a, "tcp", ":8080", "own app")
+	from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(10, 88, 0, 3), Port: 40123}}
+	apply(t, p.a)
+	c, who, err := dial(t, p.b, from, "10.88.0.2:8080")
+	if err != nil || who != "inbound 10.88.0.2:8080" {
+		t.Fatal(who, err)
+	}
+	_ = c.(*net.TCPConn).SetLinger(0) // so that the port is free at once
+	c.Close()
+	if err := Remove(p.a.NetNS); err != nil {
+		t.Fatal(err)
+	}
+	c, who, err = dial(t, p.b, from, "10.88.0.2:8080")
+	if err != nil || who != "own app -" {
+		t.Fatal(who, err)
+	}
+	if err := Apply(p.a.NetNS, Options{KeepOpen: true}); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	if !alive(c) {
+		t.Error("the kernel took it for the one before")
+	}
+}
+
 // What is open in a namespace whose processes are gone ends at once, although
 // the peers are there no more to say so.
 //
