@@ -18,9 +18,10 @@ REPOSITORY ?= localhost
 # What `make bench` hands on.
 BENCHFLAGS ?=
 # A ztunnel program, and a directory with spire-server and spire-agent, for
-# interop and bench.
+# interop and bench. A program of HashiCorp Vault, for interop.
 ZTUNNEL ?=
 SPIRE ?=
+VAULT ?=
 # 1: `make build` builds signet-control with PKCS#11, for which cgo is needed.
 PKCS11 ?=
 # 1: quickstart leaves its mesh running.
@@ -234,11 +235,17 @@ bench-spire: ## Measure how fast certificates are issued beside SPIRE's server, 
 	@SPIRE="$(abspath $(SPIRE))" $(GO) run ./test/bench/spire -out docs/benchmarks.md
 
 .PHONY: interop
-interop: root tools build ## Run calls between this mesh and others' programs: ZTUNNEL=PATH, SPIRE=DIRECTORY, or both
-	@if [ -z "$(ZTUNNEL)$(SPIRE)" ]; then echo "Name a ztunnel program, a directory with spire-server and spire-agent, or both:" >&2; \
-	  echo "make interop ZTUNNEL=/path/to/ztunnel SPIRE=/path/to/bin" >&2; exit 2; fi
-	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(abspath $(ZTUNNEL))" SPIRE="$(abspath $(SPIRE))" $(GO) test -count=1 -timeout=20m -v -tags=interop $(TESTFLAGS) \
-	  $(if $(ZTUNNEL),./test/interop/ztunnel/) $(if $(SPIRE),./test/interop/spire/)
+interop: root tools build ## Run this mesh with others' programs: ZTUNNEL=PATH, SPIRE=DIRECTORY, VAULT=PATH, or several
+	@if [ -z "$(ZTUNNEL)$(SPIRE)$(VAULT)" ]; then echo "Name a ztunnel program, a directory with spire-server and spire-agent, a Vault program, or several:" >&2; \
+	  echo "make interop ZTUNNEL=/path/to/ztunnel SPIRE=/path/to/bin VAULT=/path/to/vault" >&2; exit 2; fi
+	@if [ -n "$(VAULT)" ] && [ ! -f "$(VAULT)" -o ! -x "$(VAULT)" ]; then echo "VAULT=$(VAULT): no program is there; name that of HashiCorp Vault." >&2; exit 2; fi
+	@$(if $(ZTUNNEL)$(SPIRE),SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(abspath $(ZTUNNEL))" SPIRE="$(abspath $(SPIRE))" $(GO) test -count=1 -timeout=20m -v -tags=interop $(TESTFLAGS) \
+	  $(if $(ZTUNNEL),./test/interop/ztunnel/) $(if $(SPIRE),./test/interop/spire/))
+	@$(if $(VAULT),$(MAKE) --no-print-directory interop-vault)
+
+.PHONY: interop-vault
+interop-vault: kube-tools
+	@SIGNET_KUBE_BIN="$(KUBE_BIN)" VAULT="$(abspath $(VAULT))" $(GO) test -count=1 -timeout=20m -v -tags=interop -run='^TestVault' $(TESTFLAGS) ./ca/certmanager/
 
 .PHONY: fuzz
 fuzz: ## Run each fuzz target for FUZZTIME

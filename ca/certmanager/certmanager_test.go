@@ -167,6 +167,13 @@ func reaches(t *testing.T, e *ca.Enrolment, reason ca.UpstreamReason, words ...s
 // peers do, and returns its root.
 func signs(t *testing.T, a *ca.Authority) *x509.Certificate {
 	t.Helper()
+	_, root := signsBelow(t, a)
+	return root
+}
+
+// signsBelow is signs, with the chain that the workload gets.
+func signsBelow(t *testing.T, a *ca.Authority) (chain []*x509.Certificate, root *x509.Certificate) {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -183,7 +190,6 @@ func signs(t *testing.T, a *ca.Authority) *x509.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var chain []*x509.Certificate
 	for _, der := range issued.Chain {
 		c, err := x509.ParseCertificate(der)
 		if err != nil {
@@ -191,11 +197,11 @@ func signs(t *testing.T, a *ca.Authority) *x509.Certificate {
 		}
 		chain = append(chain, c)
 	}
-	_, root, err := x509check.VerifyRoot(chain, x509bundle.FromX509Authorities(domain, a.Bundle()), time.Now())
+	_, root, err = x509check.VerifyRoot(chain, x509bundle.FromX509Authorities(domain, a.Bundle()), time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return root
+	return chain, root
 }
 
 func (w *world) store(t *testing.T) ca.RootStore {
