@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
@@ -432,6 +433,11 @@ func TestLint(t *testing.T) {
 			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3}, Value: derNull}}
 		}, nil, "does not belong"},
 		{"CRL", func(c *x509.Certificate) { c.CRLDistributionPoints = []string{"http://a.example"} }, nil, "does not belong"},
+		{"key identifier", func(c *x509.Certificate) { // what this authority signs has none
+			bits, _ := key.PublicKey.Bytes()
+			sum := sha1.Sum(bits)
+			c.SubjectKeyId = sum[:]
+		}, nil, "does not belong"},
 		{"too long", func(c *x509.Certificate) { c.NotAfter = now.Add(MaxTTL + time.Minute) }, nil, "lifetime"},
 		{"ends before it starts", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Hour) }, nil, "lifetime"},
 		{"serial too long", func(c *x509.Certificate) { c.SerialNumber = new(big.Int).Lsh(big.NewInt(1), 159) }, nil, "serial"},

@@ -213,7 +213,7 @@ func (a *Authority) judgeLeaf(ctx context.Context, p *Prepared, answer *Upstream
 		return nil, unusable(fmt.Errorf("%d certificates came", n))
 	}
 	leaf := answer.Chain[0]
-	if err := Lint(leaf); err != nil {
+	if err := lintAbove(leaf); err != nil {
 		return nil, unusable(err)
 	}
 	if !bytes.Equal(leaf.RawSubjectPublicKeyInfo, spki) {

@@ -6,6 +6,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha1"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
@@ -242,6 +244,12 @@ func TestLeafRefusesAnswer(t *testing.T) {
 		{"an extension more", "does not belong", func(l *leafIssuer) {
 			l.edit = func(c *x509.Certificate) { c.CRLDistributionPoints = []string{"http://crl.example"} }
 		}},
+		{"another key's identifier", "hash of the key", func(l *leafIssuer) {
+			l.edit = func(c *x509.Certificate) { c.SubjectKeyId = []byte("20 bytes of anything") }
+		}},
+		{"a long identifier", "hash of the key", func(l *leafIssuer) {
+			l.edit = func(c *x509.Certificate) { c.SubjectKeyId = make([]byte, 1000) }
+		}},
 		{"a longer life", "spec.duration", func(l *leafIssuer) {
 			l.edit = func(c *x509.Certificate) { c.NotAfter = c.NotAfter.Add(2 * time.Minute) }
 		}},
@@ -286,6 +294,27 @@ func TestLeafRefusesAnswer(t *testing.T) {
 				t.Errorf("then logged %+v, %v", entries, err)
 			}
 		})
+	}
+}
+
+// An authority above may name the key in a leaf, by a hash of either kind.
+func TestLeafKeyID(t *testing.T) {
+	csr := wholeCSR(t, corpusID, nil)
+	request, err := x509.ParseCertificateRequest(csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bits, err := request.PublicKey.(*ecdsa.PublicKey).Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, long := sha1.Sum(bits), sha256.Sum256(bits)
+	for name, id := range map[string][]byte{"SHA-1": old[:], "SHA-256": long[:20]} {
+		w := newPerWorkload(t, false)
+		w.issuer.edit = func(c *x509.Certificate) { c.SubjectKeyId = id }
+		if issued, err := w.ask(t.Context(), corpusID, csr); err != nil || hexOf(parse(t, issued.Chain[0]).SubjectKeyId) != hexOf(id) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

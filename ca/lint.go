@@ -1,11 +1,15 @@
 package ca
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha1"
+	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
 	"fmt"
@@ -30,17 +34,43 @@ var leafExtensions = map[string]struct {
 	"2.5.29.37": {"extended key usage", false},
 }
 
+const oidSubjectKeyID = "2.5.29.14"
+
+// isKeyID reports whether a subject key identifier is that of the certificate's key:
+// SHA-1 of its bits (RFC 5280), or the first 160 bits of SHA-256 (RFC 7093).
+func isKeyID(c *x509.Certificate) bool {
+	var spki struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}
+	if rest, err := asn1.Unmarshal(c.RawSubjectPublicKeyInfo, &spki); err != nil || len(rest) != 0 {
+		return false
+	}
+	old, short := sha1.Sum(spki.Key.Bytes), sha256.Sum256(spki.Key.Bytes)
+	return bytes.Equal(c.SubjectKeyId, old[:]) || bytes.Equal(c.SubjectKeyId, short[:20])
+}
+
 // Lint checks that a leaf is an X509-SVID of exactly the kind that this
 // authority issues: one SPIFFE ID with a path, no other name, no CA powers, a
 // key and a lifetime within limits, and no extension beyond those needed.
 func Lint(c *x509.Certificate) error {
-	if err := lint(c); err != nil {
+	if err := lint(c, false); err != nil {
 		return fmt.Errorf("ca: lint: %w", err)
 	}
 	return nil
 }
 
-func lint(c *x509.Certificate) error {
+// lintAbove is Lint for a leaf that an authority above made. It may say, too, which
+// its key is: RFC 5280 (4.2.1.2) asks authorities for that, some cannot leave it out,
+// and as it follows from the key it says nothing that the leaf does not say already.
+func lintAbove(c *x509.Certificate) error {
+	if err := lint(c, true); err != nil {
+		return fmt.Errorf("ca: lint: %w", err)
+	}
+	return nil
+}
+
+func lint(c *x509.Certificate, keyID bool) error {
 	if c.Version != 3 {
 		return fmt.Errorf("version %d; want 3", c.Version)
 	}
@@ -71,6 +101,12 @@ func lint(c *x509.Certificate) error {
 	seen := make(map[string]bool)
 	for _, ext := range c.Extensions {
 		oid := ext.Id.String()
+		if keyID && oid == oidSubjectKeyID {
+			if !isKeyID(c) { // nobody can read one that is critical
+				return errors.New("subject key identifier must be the hash of the key")
+			}
+			continue
+		}
 		want, ok := leafExtensions[oid]
 		if !ok {
 			return fmt.Errorf("extension %s does not belong in an SVID", oid)
