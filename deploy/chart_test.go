@@ -562,6 +562,18 @@ func TestCertManager(t *testing.T) {
 				t.Errorf("%s is not among %q", want, args)
 			}
 		}
+		if strings.Contains(strings.Join(args, " "), "workload-issuer") {
+			t.Errorf("a second issuer that nobody named: %q", args)
+		}
+	}
+	r = render(t, "certManager.enabled=true", "certManager.issuerRef.name=company", "certManager.mode=per-workload", "certManager.workloadIssuerRef.name=leaves", "certManager.workloadIssuerRef.kind=Issuer")
+	for _, d := range r.deployments {
+		args := d.Spec.Template.Spec.Containers[0].Args
+		for _, want := range []string{"--cert-manager-mode=per-workload", "--cert-manager-workload-issuer=leaves", "--cert-manager-workload-issuer-kind=Issuer", "--cert-manager-workload-issuer-group=cert-manager.io"} {
+			if !slices.Contains(args, want) {
+				t.Errorf("%s is not among %q", want, args)
+			}
+		}
 	}
 }
 
@@ -596,6 +608,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"certManager.issuerRef.name=Company", "name"},
 		{"certManager.duration=a week", "duration"},
 		{"certManager.mode=strict", "mode"},
+		{"certManager.workloadIssuerRef.name=leaves", "workloadIssuerRef"}, // of no use in the other mode
 	} {
 		_, errs, err := helm(t.Context(), t, "template", "signet", "chart/signet", "--set", "trustDomain=mesh.example", "--set", c.set)
 		if err == nil || !strings.Contains(errs, c.names) || !strings.Contains(errs, "schema") {

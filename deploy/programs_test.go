@@ -15,7 +15,7 @@ import (
 // called in words that they do not know.
 func TestProgramsKnowTheirFlags(t *testing.T) {
 	dir := t.TempDir()
-	r := render(t, "certManager.enabled=true", "certManager.issuerRef.name=company", "certManager.roots=PEM")
+	r := render(t, "certManager.enabled=true", "certManager.issuerRef.name=company", "certManager.roots=PEM", "certManager.mode=per-workload", "certManager.workloadIssuerRef.name=leaves")
 	for owner, pod := range r.pods() {
 		for _, c := range pod.Containers {
 			name := owner

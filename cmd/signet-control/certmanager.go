@@ -27,6 +27,7 @@ const leastIntermediate = time.Minute
 // certManager says how cert-manager is the authority above. Without a name it is not.
 type certManager struct {
 	issuer   certmanager.Issuer
+	leaves   certmanager.Issuer // of workloads, if another
 	duration time.Duration
 	roots    string
 	mode     string
@@ -42,6 +43,9 @@ func (c *certManager) flags(f *flag.FlagSet) {
 	f.StringVar(&c.issuer.Name, "cert-manager-issuer", "", "cert-manager's issuer that certifies the intermediate; empty: the mesh has a root of its own")
 	f.StringVar(&c.issuer.Kind, "cert-manager-issuer-kind", "", "Issuer (of the release's namespace), ClusterIssuer, or a kind of another group (default Issuer)")
 	f.StringVar(&c.issuer.Group, "cert-manager-issuer-group", "", "group of that kind (default cert-manager.io)")
+	f.StringVar(&c.leaves.Name, "cert-manager-workload-issuer", "", "with --cert-manager-mode=per-workload, the issuer of workloads' certificates; empty: the one that certifies the intermediate")
+	f.StringVar(&c.leaves.Kind, "cert-manager-workload-issuer-kind", "", "its kind, as above")
+	f.StringVar(&c.leaves.Group, "cert-manager-workload-issuer-group", "", "its group, as above")
 	f.DurationVar(&c.duration, "cert-manager-duration", ca.DefaultIntermediateTTL, "lifetime of the intermediate that is asked for; it is renewed at half of it")
 	f.StringVar(&c.roots, "cert-manager-roots", "", "file of the only roots that the issuer's chains may end at, PEM; empty: those that it says")
 	f.StringVar(&c.mode, "cert-manager-mode", modeIntermediate, "intermediate: workloads are certified below the intermediate; per-workload: each by the issuer itself, for small clusters (see docs/cert-manager.md)")
@@ -52,6 +56,10 @@ func (c *certManager) check(kubernetes bool) error {
 	switch {
 	case c.mode != modeIntermediate && c.mode != modePerWorkload:
 		return fmt.Errorf("--cert-manager-mode: is %q; use %s or %s", c.mode, modeIntermediate, modePerWorkload)
+	case c.leaves != certmanager.Issuer{} && c.mode != modePerWorkload:
+		return fmt.Errorf("--cert-manager-workload-issuer: needs --cert-manager-mode=%s; without, no issuer certifies workloads", modePerWorkload)
+	case c.leaves != certmanager.Issuer{} && c.leaves.Name == "":
+		return errors.New("--cert-manager-workload-issuer: is missing; name the issuer that its kind and group are about")
 	case c.issuer == certmanager.Issuer{} && c.roots == "" && c.mode == modeIntermediate:
 		return nil
 	case c.issuer.Name == "":
@@ -63,6 +71,12 @@ func (c *certManager) check(kubernetes bool) error {
 	}
 	if err := c.issuer.Check(); err != nil {
 		return fmt.Errorf("--cert-manager-issuer-kind: %w", err)
+	}
+	if c.leaves.Name == "" {
+		c.leaves = c.issuer
+	}
+	if err := c.leaves.Check(); err != nil {
+		return fmt.Errorf("--cert-manager-workload-issuer-kind: %w", err)
 	}
 	return nil
 }
@@ -93,7 +107,9 @@ func (c *certManager) apply(cfg *control.Config, client *kube.Client, namespace 
 		return ca.NewEnrolment(ca.EnrolmentConfig{TrustDomain: td, Store: cfg.Roots, Upstream: upstream, TTL: c.duration, Roots: roots, Log: cfg.Log})
 	}
 	if c.mode == modePerWorkload {
-		cfg.Leaves = upstream
+		if cfg.Leaves, err = certmanager.New(requests, namespace, c.leaves, cfg.Log); err != nil {
+			return err
+		}
 	}
 	cfg.Enrolling = func(ctx context.Context, follow control.Upstream) error {
 		status.Status = follow

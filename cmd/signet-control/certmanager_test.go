@@ -26,6 +26,10 @@ func TestCertManagerFlags(t *testing.T) {
 		{"--cert-manager-issuer=company --cert-manager-issuer-kind=Certificate", true, `kind "Certificate"`},
 		{"--cert-manager-issuer=company --cert-manager-mode=per-workload", true, ""},
 		{"--cert-manager-issuer=company --cert-manager-mode=strict", true, `--cert-manager-mode: is "strict"`},
+		{"--cert-manager-issuer=company --cert-manager-mode=per-workload --cert-manager-workload-issuer=leaves --cert-manager-workload-issuer-kind=ClusterIssuer", true, ""},
+		{"--cert-manager-issuer=company --cert-manager-workload-issuer=leaves", true, "--cert-manager-workload-issuer: needs --cert-manager-mode=per-workload"},
+		{"--cert-manager-issuer=company --cert-manager-mode=per-workload --cert-manager-workload-issuer-kind=ClusterIssuer", true, "--cert-manager-workload-issuer: is missing"},
+		{"--cert-manager-issuer=company --cert-manager-mode=per-workload --cert-manager-workload-issuer=leaves --cert-manager-workload-issuer-kind=Certificate", true, `--cert-manager-workload-issuer-kind: kind "Certificate"`},
 		{"--cert-manager-mode=per-workload", true, "--cert-manager-issuer: is missing"},
 		{"--cert-manager-issuer=company --cert-manager-duration=1s", true, "--cert-manager-duration: is 1s"},
 	} {

@@ -22,6 +22,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/kubernetes"
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
@@ -95,9 +96,26 @@ func (w *world) dial(td spiffeid.TrustDomain, roots []*x509.Certificate, cert *t
 	return nodev1.NewNodeClient(conn)
 }
 
+// workloadRequests returns which issuers workloads' requests wait for.
+func (w *world) workloadRequests() (issuers []string) {
+	w.Helper()
+	list, err := w.resource("cert-manager.io/v1", "CertificateRequest").Namespace(release).List(w.Context(), metav1.ListOptions{LabelSelector: "signet.dev/purpose=workload"})
+	if err != nil {
+		w.Fatal(err)
+	}
+	for _, o := range list.Items {
+		name, _, err := unstructured.NestedString(o.Object, "spec", "issuerRef", "name")
+		if err != nil {
+			w.Fatal(err)
+		}
+		issuers = append(issuers, name)
+	}
+	return issuers
+}
+
 // TestPerWorkload runs signet-control in mode per-workload, with the rights that the
 // chart gives it, below cert-manager's real controllers. A node joins, with a
-// certificate below the intermediate, and gets a workload's, which is the issuer's own;
+// certificate below the intermediate, and gets a workload's, which is another issuer's own;
 // both are believed by who trusts the one root. An older agent's request is refused.
 // While cert-manager is gone nobody new is certified, the condition says so, and nodes
 // stay served; when it is back all goes on. Another CA of the issuer is noticed.
@@ -112,12 +130,13 @@ kind: Certificate
 metadata: {name: mesh-ca, namespace: signet-system}
 spec: {commonName: mesh-ca, isCA: true, secretName: mesh-ca, privateKey: {algorithm: ECDSA, size: 256, rotationPolicy: Always}, issuerRef: {name: itself, kind: ClusterIssuer}}`)
 	w.create("apiVersion: cert-manager.io/v1\nkind: Issuer\nmetadata: {name: mesh, namespace: signet-system}\nspec: {ca: {secretName: mesh-ca}}")
+	w.create("apiVersion: cert-manager.io/v1\nkind: Issuer\nmetadata: {name: workloads, namespace: signet-system}\nspec: {ca: {secretName: mesh-ca}}")
 	w.create("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: signet-agent, namespace: signet-system}")
 	w.create("apiVersion: v1\nkind: Node\nmetadata: {name: one}")
 	w.create("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, annotations: {signet.dev/mesh: observe}}")
 	agent := w.pod(core, release, "signet-agent-a", "signet-agent", "192.168.0.1")
 	pod := w.pod(core, "shop", "web-1", "web", "10.0.0.1")
-	w.start("first", "--cert-manager-mode=per-workload")
+	w.start("first", "--cert-manager-mode=per-workload", "--cert-manager-workload-issuer=workloads")
 	w.says("True Ready: ")
 
 	td := spiffeid.RequireTrustDomainFromString("mesh.example")
@@ -173,6 +192,9 @@ spec: {commonName: mesh-ca, isCA: true, secretName: mesh-ca, privateKey: {algori
 	if _, err := issue(csr); status.Code(err) != codes.Unavailable && status.Code(err) != codes.DeadlineExceeded {
 		t.Errorf("without cert-manager: %v", err)
 	}
+	if asked := w.workloadRequests(); len(asked) != 1 || asked[0] != "workloads" {
+		t.Errorf("workloads are asked for at %q", asked)
+	}
 	eventually(t, 40*time.Second, func() error {
 		_, _ = issue(csr) // as an agent goes on
 		o, err := w.resource("signet.dev/v1alpha1", "MeshConfig").Get(w.Context(), "mesh", metav1.GetOptions{})
@@ -193,9 +215,8 @@ spec: {commonName: mesh-ca, isCA: true, secretName: mesh-ca, privateKey: {algori
 		return err
 	})
 	w.says("True Ready: ")
-	list, err := w.resource("cert-manager.io/v1", "CertificateRequest").Namespace(release).List(t.Context(), metav1.ListOptions{LabelSelector: "signet.dev/purpose=workload"})
-	if err != nil || len(list.Items) != 0 {
-		t.Errorf("%d requests are left, %v", len(list.Items), err)
+	if left := w.workloadRequests(); len(left) != 0 {
+		t.Errorf("%d requests are left", len(left))
 	}
 
 	// The issuer has another CA: what it certifies is refused, and its root is published

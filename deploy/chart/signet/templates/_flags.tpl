@@ -33,6 +33,13 @@ bundle endpoint and cert-manager.
 - --cert-manager-issuer-group={{ .issuerRef.group }}
 - --cert-manager-duration={{ .duration }}
 - --cert-manager-mode={{ .mode }}
+{{- with .workloadIssuerRef }}
+{{- if .name }}
+- --cert-manager-workload-issuer={{ .name }}
+- --cert-manager-workload-issuer-kind={{ .kind }}
+- --cert-manager-workload-issuer-group={{ .group }}
+{{- end }}
+{{- end }}
 {{- if .roots }}
 - --cert-manager-roots=/etc/signet/roots/roots.pem
 {{- end }}
