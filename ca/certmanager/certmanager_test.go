@@ -211,7 +211,14 @@ func (w *world) store(t *testing.T) ca.RootStore {
 
 func authority(t *testing.T, store ca.RootStore) *ca.Authority {
 	t.Helper()
-	a, err := ca.Open(ca.Options{Dir: filepath.Join(t.TempDir(), "ca"), TrustDomain: domain, RootStore: store, Above: true})
+	return follower(t, store, nil)
+}
+
+// follower is an authority that follows what is stored, whose workloads an authority
+// above certifies, or none does.
+func follower(t *testing.T, store ca.RootStore, leaves ca.LeafSigner) *ca.Authority {
+	t.Helper()
+	a, err := ca.Open(ca.Options{Dir: filepath.Join(t.TempDir(), "ca"), TrustDomain: domain, RootStore: store, Above: true, Leaves: leaves})
 	if err != nil {
 		t.Fatal(err)
 	}

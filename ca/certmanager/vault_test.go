@@ -98,6 +98,7 @@ func underVault(t *testing.T) (*world, *vault) {
 // first, and signs when it is switched. While Vault is away what is there signs.
 func TestVault(t *testing.T) {
 	w, v := underVault(t)
+	v.do("pki/config/urls", map[string]any{"issuing_certificates": "http://vault.example/ca", "crl_distribution_points": "http://vault.example/crl"})
 	store := w.store(t)
 	var due atomic.Bool
 	wanted := func(*x509.Certificate) string {
@@ -112,9 +113,9 @@ func TestVault(t *testing.T) {
 		t.Errorf("it ends in %s", left)
 	}
 	a := authority(t, store)
-	first := signs(t, a)
-	if first.Subject.CommonName != "company" || len(a.Bundle()) != 1 {
-		t.Errorf("below %s, %d roots", first.Subject, len(a.Bundle()))
+	chain, first := signsBelow(t, a)
+	if first.Subject.CommonName != "company" || len(a.Bundle()) != 1 || len(chain) != 2 || len(chain[1].CRLDistributionPoints) != 1 {
+		t.Errorf("below %s, %d roots, a chain of %d", first.Subject, len(a.Bundle()), len(chain))
 	}
 
 	v.shell(examples(t, "sh")[1])

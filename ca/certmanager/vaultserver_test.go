@@ -114,7 +114,7 @@ func (v *vault) try(token, path string, body any) (map[string]any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode >= 300 {
+	if resp.StatusCode >= http.StatusMultipleChoices {
 		return nil, fmt.Errorf("vault: %s %s: %s: %s", method, path, resp.Status, answer)
 	}
 	var got struct {
