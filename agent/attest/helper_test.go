@@ -2,6 +2,7 @@ package attest
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -29,6 +30,7 @@ import (
 const (
 	helperEnv = "ATTEST_HELPER"
 	socketEnv = "ATTEST_SOCKET"
+	execEnv   = "ATTEST_EXEC" // what the mode exec becomes; empty: /bin/cat
 )
 
 func TestMain(m *testing.M) {
@@ -129,7 +131,7 @@ func helper(mode string) error {
 	case "connect":
 	case "exec": // becomes another program, with the connection open
 		if next() {
-			return syscall.Exec("/bin/cat", []string{"cat"}, nil)
+			return syscall.Exec(cmp.Or(os.Getenv(execEnv), "/bin/cat"), []string{"cat"}, nil)
 		}
 	case "comm": // takes a name that looks like further fields of stat
 		if next() {
@@ -231,6 +233,13 @@ func (b *bench) start(mode string, argv ...string) *child {
 	b.t.Helper()
 	c := b.launch(mode, filepath.Join(b.dir, "s"), argv...)
 	c.expect("ready")
+	b.accept(c)
+	return c
+}
+
+// accept takes the connection that a helper has made.
+func (b *bench) accept(c *child) {
+	b.t.Helper()
 	if err := b.ln.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		b.t.Fatal(err)
 	}
@@ -240,7 +249,6 @@ func (b *bench) start(mode string, argv ...string) *child {
 	}
 	c.conn = conn
 	b.t.Cleanup(func() { conn.Close() })
-	return c
 }
 
 func (b *bench) launch(mode, socket string, argv ...string) *child {

@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/signet-mesh/signet/agent/attest/procfs"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -116,6 +119,37 @@ func TestWrappedPIDs(t *testing.T) {
 	c.expect("held: true late: true")
 }
 
+// Defends: that a process has exited is asked of its handle too. A directory in
+// /proc that is its successor's, who has its number and all that it was known by,
+// down to the instant of its start, names nobody. The kernel's own directories go
+// with their process; that there is a second word is what is tried here.
+func TestDirectoryOfSuccessor(t *testing.T) {
+	for name, hold := range map[string]func(*child) (*Process, error){
+		"from 6.5":   func(c *child) (*Process, error) { return Peer(c.conn) },
+		"before 6.5": func(c *child) (*Process, error) { return open(&unix.Ucred{Pid: int32(c.cmd.Process.Pid)}, -1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			first := b.start("connect", b.self)
+			p, err := hold(first)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Close()
+			first.kill()
+			b.reuse(p.PID)
+			p.dir.Close()
+			if p.dir, err = procfs.Process(p.PID); err != nil {
+				t.Fatal(err)
+			}
+			if p.start, err = p.startTime(); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, attestor(mesh.Attest{UID: uid(0), Path: b.self}), p, ErrGone, "it has exited")
+		})
+	}
+}
+
 // passDescriptor sends a descriptor to the socket that the test named.
 func passDescriptor(fd int) error {
 	to, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: os.Getenv(socketEnv) + ".pass"})
@@ -210,14 +244,7 @@ func TestAnotherPodsMountOfTheSocket(t *testing.T) {
 	k.move(c, "kubepods/burstable/pod"+otherUID+"/c1") // its cgroup namespace begins there
 	c.step()
 	c.expect("ready")
-	if err := b.ln.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
-		t.Fatal(err)
-	}
-	var err error
-	if c.conn, err = b.ln.AcceptUnix(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.conn.Close() })
+	b.accept(c)
 	p := c.peer()
 	if ns, err := os.Readlink("/proc/" + itoa(p.PID) + "/ns/cgroup"); err != nil || ns == ownLink(t, "ns/cgroup") {
 		t.Fatalf("it is not in a cgroup namespace of its own: %s, %v", ns, err)
@@ -254,28 +281,36 @@ func TestMovedMeanwhile(t *testing.T) {
 			if _, err := a.Attest(t.Context(), p); err != nil {
 				t.Fatal(err)
 			}
-			// The digest is read last, in turn: while both turns are taken, the
-			// place has been looked at and the answer has not been given.
-			for range cap(a.digests.turn) {
-				a.digests.turn <- struct{}{}
-			}
-			clear(a.digests.known)
-			answer := make(chan error, 1)
-			go func() {
-				_, err := a.Attest(t.Context(), p)
-				answer <- err
-			}()
-			waitOpen(t, b.self)
-			k.move(c, "kubepods/pod"+otherUID+"/c1")
-			for range cap(a.digests.turn) {
-				<-a.digests.turn
-			}
-			if err := <-answer; !errors.Is(err, ErrMoved) {
+			err := a.meanwhile(t, p, b.self, func() { k.move(c, "kubepods/pod"+otherUID+"/c1") })
+			if !errors.Is(err, ErrMoved) {
 				t.Errorf("%v, want ErrMoved", err)
 			}
 			refused(t, a, p, ErrStranger, "")
 		})
 	}
+}
+
+// meanwhile attests p by a rule with a digest, and has something happen after all
+// other facts were read and the executable was opened.
+func (a *Attestor) meanwhile(t *testing.T, p *Process, executable string, happens func()) error {
+	t.Helper()
+	// The digest is read last, in turn: while all turns are taken, the place has
+	// been looked at and the answer has not been given.
+	for range cap(a.digests.turn) {
+		a.digests.turn <- struct{}{}
+	}
+	clear(a.digests.known)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := a.Attest(t.Context(), p)
+		answer <- err
+	}()
+	waitOpen(t, executable)
+	happens()
+	for range cap(a.digests.turn) {
+		<-a.digests.turn
+	}
+	return <-answer
 }
 
 // waitOpen waits until the test itself has a file open.

@@ -43,8 +43,9 @@ func inodeOf(st *unix.Stat_t) inode { return inode{st.Dev, st.Ino} }
 // must be an accepted stream socket. It is the process that called connect,
 // or socketpair, and stays that one when the descriptor is inherited by or
 // passed to others: whoever passes a connection on passes on its identity,
-// for as long as it lives itself and runs the same program. Call it right
-// after accept, and Close the process when done.
+// for as long as it lives itself and runs the same program. That is the one it
+// runs now, which need not be the one that it connected as: call it right after
+// accept, and Close the process when done.
 func Peer(conn *net.UnixConn) (*Process, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -201,7 +202,9 @@ func (p *Process) same() error {
 }
 
 // alive says whether the process has not exited: its pidfd becomes readable
-// when it does.
+// when it does. What was read in its directory failed then too, as kernels are
+// today: an exited process has no executable. This is the promise that a pidfd
+// comes with, and does not hang on what is read or on where it was read.
 func (p *Process) alive() error {
 	fds := []unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}
 	for {
