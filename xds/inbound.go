@@ -49,6 +49,8 @@ func (b *builder) serverTLS(w *mesh.Workload, alpn ...string) *corev3.TransportS
 	return &corev3.TransportSocket{
 		Name: "tls",
 		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.DownstreamTlsContext{
+			// The names that are wanted of callers have the proxy demand a certificate
+			// too. That is a habit of its validators; this is what they are told.
 			RequireClientCertificate:         boolValue(true),
 			SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
 			DisableStatefulSessionResumption: true,

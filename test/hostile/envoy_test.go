@@ -65,6 +65,8 @@ type node struct {
 	crls [][]byte
 	// foreign are the trust domains that the mesh is federated with.
 	foreign []xds.Trust
+	// change makes another configuration of the node's; nil: it is as nodes have it.
+	change func(xds.Set)
 }
 
 func startNode(t *testing.T, p *pki, crls ...[]byte) *node {
@@ -96,6 +98,9 @@ func (n *node) start(t *testing.T) *node {
 		},
 	}}
 	n.set = n.resources(t)
+	if n.change != nil {
+		n.change(n.set)
+	}
 	socket := filepath.Join(dir, "ads.sock")
 	n.serve(t, socket)
 	n.envoy(t, dir, socket)
