@@ -199,8 +199,12 @@ func (a *agent) serve(ctx context.Context) error {
 	proxy := grpc.NewServer()
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(proxy, a.relay.Server())
 	g, ctx := errgroup.WithContext(ctx)
+	reports := a.store
+	if a.cfg.NoAudit {
+		reports = nil
+	}
 	sdks := sdkapi.New(sdkapi.Config{
-		Attestor: a.attestor, Caller: workloadapi.Caller, Refused: a.refusals.Add, Rules: a.sdkRules, Store: a.store, Stopping: ctx.Done(), Log: a.log,
+		Attestor: a.attestor, Caller: workloadapi.Caller, Refused: a.refusals.Add, Rules: a.sdkRules, Store: reports, Stopping: ctx.Done(), Log: a.log,
 	})
 	a.workloads = workloadapi.New(workloadapi.Config{
 		SVIDs: a.svids, Attestor: a.attestor, Ready: a.ready.Load, Beside: sdks.Register, Refused: a.refusals.Add, Log: a.log,

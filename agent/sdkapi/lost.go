@@ -54,6 +54,9 @@ func (s *Server) look(ctx context.Context, before map[string]bool) (map[string]b
 	}
 	s.mu.Unlock()
 	missing := map[string]bool{}
+	if s.cfg.Store == nil {
+		return missing, nil
+	}
 	n, err := s.cfg.Store.CloseOpen(ctx, lostWorkload, time.Now(), func(r audit.Record) bool {
 		at := strings.LastIndexByte(r.ID, ':') + 1
 		if !Owns(&r) || living[r.ID[:at]] {

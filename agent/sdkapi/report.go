@@ -80,6 +80,9 @@ func (s *Server) Report(ctx context.Context, req *sdkv1.ReportRequest) (*sdkv1.R
 
 // store stores what has not been stored. open.reporting is held.
 func (s *Server) store(ctx context.Context, open *session, w *mesh.Workload, req *sdkv1.ReportRequest, events []audit.Event) (*sdkv1.ReportResponse, error) {
+	if s.cfg.Store == nil {
+		return &sdkv1.ReportResponse{}, nil
+	}
 	after := req.GetFirst() + uint64(len(events))
 	if open.next != 0 && after <= open.next && len(events) > 0 {
 		return &sdkv1.ReportResponse{}, nil
@@ -162,9 +165,9 @@ func event(e *sdkv1.Event, w *mesh.Workload, session []byte, now time.Time) (aud
 			return audit.Event{}, fmt.Errorf("peer: %w", err)
 		}
 	}
-	for name, text := range map[string]string{"address": e.GetAddress(), "peer_address": e.GetPeerAddress()} {
-		if _, err := netip.ParseAddrPort(text); err != nil && text != "" {
-			return audit.Event{}, fmt.Errorf("%s: %.64q is not ip:port", name, text)
+	for _, f := range [][2]string{{"address", e.GetAddress()}, {"peer_address", e.GetPeerAddress()}} {
+		if _, err := netip.ParseAddrPort(f[1]); err != nil && f[1] != "" {
+			return audit.Event{}, fmt.Errorf("%s: %.64q is not ip:port", f[0], f[1])
 		}
 	}
 	if e.GetConnection() == 0 {

@@ -54,13 +54,15 @@ type Rules struct {
 	Refused map[string]string
 }
 
-// Config configures a Server. All fields are required.
+// Config configures a Server. All fields but Store are required.
 type Config struct {
 	Attestor Attestor
 	// Caller returns the process that a call comes from.
 	Caller func(context.Context) (*attest.Process, error)
 	// Rules returns false while the node has no state.
 	Rules func() (Rules, bool)
+	// Store takes what is reported; nil: no audit is kept, and reports are checked
+	// and forgotten.
 	Store *audit.Store
 	// Refused hears of every refusal of an identity, and must not block.
 	Refused func(refusal.Refusal)

@@ -23,11 +23,14 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/signet-mesh/signet/agent/audit"
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	sdkv1 "github.com/signet-mesh/signet/api/sdk/v1"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/test/harness"
@@ -130,14 +133,30 @@ func TestRefusedIdentities(t *testing.T) {
 	}
 }
 
-// Defends: without an audit there is none of refusals either.
+// Defends: without an audit there is none of refusals either, nor of what programs
+// with the SDK report.
 func TestRefusedWithoutAudit(t *testing.T) {
 	base := harness.Config("1h") + harness.Namespace("shop", "enforce")
 	m := harness.Start(t, harness.Options{Documents: map[string]string{"mesh.yaml": base}, Args: []string{"--no-audit"}})
-	socket := workloadapi.WithAddr("unix://" + filepath.Join(m.RunDir, "api", "agent.sock"))
+	at := "unix://" + filepath.Join(m.RunDir, "api", "agent.sock")
+	socket := workloadapi.WithAddr(at)
 	if _, err := workloadapi.FetchX509SVID(t.Context(), socket); status.Code(err) != codes.PermissionDenied {
 		t.Fatalf("%v, want PermissionDenied", err)
 	}
+	m.Edit("mesh.yaml", base+entryFor(t, "mine", os.Geteuid()))
+	conn, err := grpc.NewClient(at, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	now := time.Now().UnixNano()
+	m.Eventually(10*time.Second, "a report is taken", func() error {
+		_, err := sdkv1.NewConnectionsClient(conn).Report(metadata.AppendToOutgoingContext(t.Context(), "workload.spiffe.io", "true"), &sdkv1.ReportRequest{
+			SpiffeId: "spiffe://mesh.test/ns/shop/sa/mine", Session: make([]byte, 16), First: 1,
+			Events: []*sdkv1.Event{{Connection: 1, Final: true, Start: now, End: now, Verdict: "allowed"}},
+		})
+		return err
+	})
 	time.Sleep(time.Second)
 	if got := m.Records(adminclient.AuditQuery{}); len(got) != 0 {
 		t.Errorf("%+v", got)
