@@ -109,7 +109,7 @@ node uses a certificate of the old root, and withdraws that. It goes on by itsel
 also over a restart of the control plane, and begins by itself when two thirds of
 the root's life are over.`, `  signet ca status
   signet ca rotate`)
-	ca.AddCommand(a.newCAStatusCommand(), a.newCARotateCommand(), a.newCADistrustCommand(), a.newCAAbandonCommand(), a.newCARevokeCommand(), a.newCARevokedCommand(), a.newCARefusedCommand())
+	ca.AddCommand(a.newCAStatusCommand(), a.newCABundleCommand(), a.newCARotateCommand(), a.newCADistrustCommand(), a.newCAAbandonCommand(), a.newCARevokeCommand(), a.newCARevokedCommand(), a.newCARefusedCommand())
 	return ca
 }
 

@@ -43,7 +43,11 @@ func (a *app) asks(cmd *cobra.Command) *cobra.Command {
 
 // reaches adds them with another name for the release's namespace.
 func (a *app) reaches(cmd *cobra.Command, namespaceFlag, short string) *cobra.Command {
-	a.answers(cmd)
+	return a.finds(a.answers(cmd), namespaceFlag, short)
+}
+
+// finds adds only those that say which mesh.
+func (a *app) finds(cmd *cobra.Command, namespaceFlag, short string) *cobra.Command {
 	flags := cmd.Flags()
 	flags.StringVar(&a.cluster.kubeconfig, "kubeconfig", "", "file with the cluster to ask ($"+envKubeconfig+")")
 	flags.StringVar(&a.cluster.context, "context", "", "context of the kubeconfig to use")

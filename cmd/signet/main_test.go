@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	_ "embed"
 	"encoding/json"
 	"net"
 	"net/http"
@@ -137,6 +138,21 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 			answer(next[0])(w, r)
 			authority <- next[min(1, len(next)-1):]
 		})
+		mux.HandleFunc("GET /v1/ca/bundle", func(w http.ResponseWriter, r *http.Request) {
+			switch r.FormValue("trust-domain") {
+			case "", "mesh.example":
+				answer(adminv1.TrustBundle{TrustDomain: "mesh.example", Document: testBundle})(w, r)
+			case "revoked.example":
+				answer(adminv1.TrustBundle{TrustDomain: "revoked.example", Document: json.RawMessage(`{"keys":[]}`)})(w, r)
+			case "garbled.example":
+				answer(adminv1.TrustBundle{TrustDomain: "garbled.example", Document: json.RawMessage(`{"keys":[{"use":"x509-svid","x5c":["AAAA"]}]}`)})(w, r)
+			case "another.example":
+				answer(adminv1.TrustBundle{TrustDomain: "mesh.example", Document: testBundle})(w, r)
+			default:
+				w.WriteHeader(http.StatusBadRequest)
+				answer(map[string]string{"error": "trust-domain: the mesh knows no bundle of it"})(w, r)
+			}
+		})
 		mux.HandleFunc("GET /v1/ca/issued", func(w http.ResponseWriter, r *http.Request) {
 			if strings.TrimLeft(r.FormValue("serial"), "0") != "a" {
 				answer(adminv1.Issuance{})(w, r)
@@ -172,6 +188,9 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 	}
 	return stop, nil
 }
+
+//go:embed testdata/bundle.json
+var testBundle json.RawMessage
 
 func id(short string) string {
 	ns, sa, _ := strings.Cut(short, "/")
@@ -370,7 +389,7 @@ func TestExitCodesAreTheSameInEveryForm(t *testing.T) {
 		})
 	}
 	for _, c := range leaves((&app{getenv: os.Getenv}).newRoot()) {
-		if _, listed := commands[c.CommandPath()]; c.Flags().Lookup("output") != nil && !listed {
+		if _, listed := commands[c.CommandPath()]; !listed && c.Flags().Lookup("output") != nil && c.CommandPath() != "signet ca bundle" { // whose forms are others; see ca.txtar
 			t.Errorf("%q has -o and is not tested here", c.CommandPath())
 		}
 	}

@@ -170,6 +170,11 @@ func (c *Client) Authority(ctx context.Context) (s adminv1.AuthorityStatus, err 
 	return s, c.control.get(ctx, "/v1/ca", nil, &s)
 }
 
+// TrustBundle asks for the bundle of a trust domain; empty: the mesh's own.
+func (c *Client) TrustBundle(ctx context.Context, trustDomain string) (b adminv1.TrustBundle, err error) {
+	return b, c.control.get(ctx, "/v1/ca/bundle", url.Values{"trust-domain": {trustDomain}}, &b)
+}
+
 // Issued looks a certificate's serial number, or a token's jti, up in the issuance
 // log of the control plane.
 func (c *Client) Issued(ctx context.Context, serial string) (i adminv1.Issuance, err error) {

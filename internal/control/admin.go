@@ -37,6 +37,10 @@ func (c *control) serveAdmin(ctx context.Context, l net.Listener, agents *fanout
 		adminserver.Answer(w, e, err)
 	})
 	mux.HandleFunc("GET /v1/ca", func(w http.ResponseWriter, _ *http.Request) { adminserver.Answer(w, c.rotation.status(), nil) })
+	mux.HandleFunc("GET /v1/ca/bundle", func(w http.ResponseWriter, r *http.Request) {
+		b, err := c.trustBundle(r.FormValue("trust-domain"))
+		adminserver.Answer(w, b, err)
+	})
 	mux.HandleFunc("GET /v1/ca/issued", func(w http.ResponseWriter, r *http.Request) {
 		issued, err := c.issued(r.FormValue("serial"))
 		adminserver.Answer(w, issued, err)

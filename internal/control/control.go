@@ -131,9 +131,11 @@ type control struct {
 	above     atomic.Pointer[ca.Enrolment]    // nil: none, or the trust domain is not known yet
 	built     builds
 	refusals  *refusals
-	peers     *peers     // nil: there are no other replicas
-	rotation  *rotation  // set before anybody can ask
-	setting   sync.Mutex // held while a view is set; taken before mu
+	peers     *peers                // nil: there are no other replicas
+	rotation  *rotation             // set before anybody can ask
+	follower  *federation.Follower  // likewise
+	shown     *federation.Publisher // likewise; nil: nobody is shown the mesh's bundle
+	setting   sync.Mutex            // held while a view is set; taken before mu
 	mu        sync.Mutex
 	trust     string    // guarded by mu; the trust domain, fixed by the first view
 	since     time.Time // guarded by mu; when the view in force was set
@@ -202,10 +204,10 @@ func (c *control) serve(ctx context.Context) error {
 	if err := os.MkdirAll(FederationDir(c.cfg.StateDir), 0o700); err != nil {
 		return err
 	}
-	follower := c.follower(td)
+	c.follower = c.newFollower(td)
 	nodes, err := caserver.New(caserver.Config{
 		Authority: authority, Feed: &c.feed, Tokens: tokens, Log: c.log,
-		XDSVersion: c.xdsVersion, Foreign: follower.Bundles, Refused: c.refusals.add,
+		XDSVersion: c.xdsVersion, Foreign: c.follower.Bundles, Refused: c.refusals.add,
 	})
 	if err != nil {
 		return err
@@ -243,15 +245,14 @@ func (c *control) serve(ctx context.Context) error {
 		return nil
 	})
 	all := func() []caserver.NodeReport { return c.peers.with(nodes.Reports()) }
-	g.Go(func() error { follower.Run(ctx, &c.feed); return nil })
-	shown, err := c.publish(ctx, g, authority)
-	if err != nil {
+	g.Go(func() error { c.follower.Run(ctx, &c.feed); return nil })
+	if c.shown, err = c.publish(ctx, g, authority); err != nil {
 		return err
 	}
 	c.rotation = &rotation{
 		authority: authority, above: above, reports: all, log: c.log, now: time.Now,
 		view:      c.view,
-		outsiders: func(now time.Time) string { return outsiders(shown, authority.Bundle(), now) },
+		outsiders: func(now time.Time) string { return outsiders(c.shown, authority.Bundle(), now) },
 	}
 	if c.cfg.Agents != nil {
 		c.rotation.declared = true
@@ -289,7 +290,7 @@ func (c *control) serve(ctx context.Context) error {
 	g.Go(func() error { return c.serveAdmin(ctx, admin, agents) })
 	if c.cfg.Attend != nil {
 		g.Go(func() error {
-			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Others: c.peers.steps, Federations: follower.Status, Bundle: authority.BundleUpdates})
+			return c.cfg.Attend(ctx, Facts{Reports: all, Own: nodes.Reports, Others: c.peers.steps, Federations: c.follower.Status, Bundle: authority.BundleUpdates})
 		})
 	}
 	c.log.Info("control plane serves", "trustDomain", td.Name(), "revision", first.Revision)

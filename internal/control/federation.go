@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/federation"
@@ -66,8 +67,8 @@ func (c *FederationConfig) Check(jwtKeyLife time.Duration) error {
 	return nil
 }
 
-// follower follows other trust domains.
-func (c *control) follower(own spiffeid.TrustDomain) *federation.Follower {
+// newFollower follows other trust domains.
+func (c *control) newFollower(own spiffeid.TrustDomain) *federation.Follower {
 	copies := func(td spiffeid.TrustDomain) federation.Store {
 		if c.cfg.Federation.Copies != nil {
 			return c.cfg.Federation.Copies(own, td)
@@ -125,6 +126,44 @@ func (c *control) publish(ctx context.Context, g *errgroup.Group, authority *ca.
 	}
 	g.Go(func() error { p.Run(ctx); return nil })
 	return p, nil
+}
+
+// trustBundle is the bundle of a trust domain; empty: the mesh's own, which is what
+// the bundle endpoint shows, where there is one.
+func (c *control) trustBundle(name string) (adminv1.TrustBundle, error) {
+	authority := c.authority.Load()
+	td := authority.TrustDomain()
+	if name != "" {
+		wanted, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return adminv1.TrustBundle{}, fmt.Errorf("trust-domain: %q is none: %w", name, err)
+		}
+		if wanted != td {
+			return c.foreignBundle(wanted)
+		}
+	}
+	out := adminv1.TrustBundle{TrustDomain: td.Name()}
+	if c.shown != nil {
+		if out.Document, _ = c.shown.Document(); out.Document == nil {
+			return out, errors.New("the bundle endpoint shows no bundle yet; ask again in a moment")
+		}
+		return out, nil
+	}
+	var err error
+	out.Document, err = federation.Unnumbered(td, authority)
+	return out, err
+}
+
+// foreignBundle is the newest bundle of a trust domain that is followed.
+func (c *control) foreignBundle(td spiffeid.TrustDomain) (adminv1.TrustBundle, error) {
+	bundles, _ := c.follower.Bundles()
+	for _, b := range bundles {
+		if b.TrustDomain == td {
+			doc, err := b.Marshal()
+			return adminv1.TrustBundle{TrustDomain: td.Name(), Document: doc}, err
+		}
+	}
+	return adminv1.TrustBundle{}, fmt.Errorf("trust-domain: the mesh knows no bundle of %s; add a Federation for it, or wait until its bundle was fetched", td)
 }
 
 // outsiders says why the next root may not sign yet: other trust domains have

@@ -135,15 +135,13 @@ func (p *Publisher) Run(ctx context.Context) {
 // look compares the authority's keys with what is stored, and stores them with
 // the next number if they are new.
 func (p *Publisher) look(ctx context.Context, roots []*x509.Certificate, keys []ca.JWTKey, now time.Time) error {
-	if len(roots) == 0 || len(keys) == 0 {
-		return errors.New("the authority's keys are not known yet") // to show none is to have everybody distrusted
+	b, err := own(p.TrustDomain, roots, keys)
+	if err != nil {
+		return err
 	}
+	b.RefreshHint = p.RefreshHint
 	ctx, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	b := &bundle.Bundle{TrustDomain: p.TrustDomain, Roots: roots, JWTKeys: map[string]crypto.PublicKey{}, RefreshHint: p.RefreshHint}
-	for _, k := range keys {
-		b.JWTKeys[k.ID] = k.Key
-	}
 	sum := b.Digest()
 	digest := hex.EncodeToString(sum[:])
 	for {
@@ -184,6 +182,30 @@ func (p *Publisher) look(ctx context.Context, roots []*x509.Certificate, keys []
 		p.show(&next, true)
 		return nil
 	}
+}
+
+// own is the bundle of an authority.
+func own(td spiffeid.TrustDomain, roots []*x509.Certificate, keys []ca.JWTKey) (*bundle.Bundle, error) {
+	if len(roots) == 0 || len(keys) == 0 {
+		return nil, errors.New("the authority's keys are not known yet") // to show none is to have everybody distrusted
+	}
+	b := &bundle.Bundle{TrustDomain: td, Roots: roots, JWTKeys: map[string]crypto.PublicKey{}}
+	for _, k := range keys {
+		b.JWTKeys[k.ID] = k.Key
+	}
+	return b, nil
+}
+
+// Unnumbered is the document of an authority whose bundle nobody is shown, for who
+// carries it over by hand: it has no number, and no hint of when to ask.
+func Unnumbered(td spiffeid.TrustDomain, authority Authority) ([]byte, error) {
+	roots, _ := authority.BundleUpdates()
+	keys, _ := authority.JWTKeys()
+	b, err := own(td, roots, keys)
+	if err != nil {
+		return nil, err
+	}
+	return b.Marshal()
 }
 
 // behind reports whether this replica has yet to hear of what another stored.

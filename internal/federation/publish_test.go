@@ -255,3 +255,32 @@ func TestServeHTTP(t *testing.T) {
 		}
 	}
 }
+
+// What is carried over by hand is the authority's bundle as it is shown, without a
+// number, which nobody has counted.
+//
+// What it defends: a control plane that does not know its keys yet gives out no
+// bundle without any, by which whoever takes it believes nobody.
+func TestUnnumbered(t *testing.T) {
+	authority := openAuthority(t, meshTD)
+	doc, err := Unnumbered(meshTD, authority)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := bundle.Parse(meshTD, doc)
+	if err != nil || len(b.Ignored) > 0 || b.Sequence != 0 || b.RefreshHint != 0 || len(b.Roots) != 1 || !b.Roots[0].Equal(authority.Bundle()[0]) || len(b.JWTKeys) == 0 {
+		t.Errorf("%+v, %v", b, err)
+	}
+	keys, _ := authority.JWTKeys()
+	for name, c := range map[string]content{"no roots": {keys: keys}, "no keys": {roots: authority.Bundle()}} {
+		if doc, err := Unnumbered(meshTD, c); err == nil {
+			t.Errorf("%s: %s", name, doc)
+		}
+	}
+}
+
+// BundleUpdates implements Authority.
+func (c content) BundleUpdates() ([]*x509.Certificate, <-chan struct{}) { return c.roots, nil }
+
+// JWTKeys implements Authority.
+func (c content) JWTKeys() ([]ca.JWTKey, <-chan struct{}) { return c.keys, nil }

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/internal/lab"
 	"github.com/signet-mesh/signet/test/harness"
 )
@@ -78,12 +79,18 @@ spec: {serviceAccount: %[2]s, attest: {uid: %[3]d, path: %[4]q}}
 `, s[2], s[4], os.Geteuid(), exe)
 }
 
-// federate is a Federation document, with the bundle that the endpoint shows now.
-func federate(t *testing.T, td spiffeid.TrustDomain, endpoint string) string {
+// federate is a Federation document, with the bundle that the command prints, by
+// which the endpoint is asked for the same first.
+func federate(t *testing.T, of *side, td spiffeid.TrustDomain, endpoint string) string {
 	t.Helper()
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
-		InsecureSkipVerify: true, //nolint:gosec // an operator carries the first bundle over in another way
-	}}}
+	doc := trustBundle(t, of.Mesh, "-o", "spiffe")
+	roots, err := x509bundle.Parse(td, []byte(trustBundle(t, of.Mesh)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true, TLSClientConfig: tlsconfig.TLSClientConfig(roots, tlsconfig.AuthorizeID(ca.BundleEndpointID(td))),
+	}}
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+endpoint+"/bundle", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -93,9 +100,8 @@ func federate(t *testing.T, td spiffeid.TrustDomain, endpoint string) string {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s %v: %s", resp.Status, err, body)
+	if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusOK || string(body)+"\n" != doc {
+		t.Errorf("the endpoint of %s shows %s %v\n%s\nand the command prints\n%s", td, resp.Status, err, body, doc)
 	}
 	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
 kind: Federation
@@ -107,7 +113,7 @@ spec:
   endpointSPIFFEID: spiffe://%[1]s/signet/bundle
   bundle: '%[3]s'
 ---
-`, td.Name(), endpoint, body)
+`, td.Name(), endpoint, strings.TrimSpace(doc))
 }
 
 func allowForeign(target string, id string) string {
@@ -227,8 +233,8 @@ func TestFederation(t *testing.T) {
 
 	// Federated, but not allowed by any policy.
 	beta.Write("policy.yaml", "---\n")
-	alpha.Edit("federation.yaml", federate(t, betaTD, betaEndpoint))
-	beta.Edit("federation.yaml", federate(t, alphaTD, alphaEndpoint))
+	alpha.Edit("federation.yaml", federate(t, beta, betaTD, betaEndpoint))
+	beta.Edit("federation.yaml", federate(t, alpha, alphaTD, alphaEndpoint))
 	known := func(s *side, td spiffeid.TrustDomain) {
 		t.Helper()
 		s.Eventually(15*time.Second, td.Name()+" to be known", func() error {
@@ -238,6 +244,12 @@ func TestFederation(t *testing.T) {
 	}
 	known(alpha, betaTD)
 	known(beta, alphaTD)
+	if got, own := trustBundle(t, alpha.Mesh, "--trust-domain", "beta.test"), trustBundle(t, beta.Mesh); got != own {
+		t.Errorf("alpha's control plane says that beta is verified by\n%sand beta's by\n%s", got, own)
+	}
+	if out, code := alpha.CLI("ca", "bundle", "--trust-domain", "gamma.test"); code != 1 || out != "" {
+		t.Errorf("of a trust domain that nobody knows: code %d, %q", code, out)
+	}
 	denied := func(what string, config *tls.Config) {
 		t.Helper()
 		if status, got, err := callWeb(ctx, outside, config); err != nil || status != http.StatusForbidden {

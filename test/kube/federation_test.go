@@ -269,7 +269,14 @@ spec: {target: {serviceAccount: server}, ports: [8080], from: [{spiffeID: %q}]}
 
 	// Federated both ways: allowed by nobody, then by a policy.
 	partnerBundle := b.shown(node1, net.JoinHostPort(node1.Addr().String(), partnerPort))
-	partner.Edit("federation.yaml", federate(trustDomain, endpoint, b.shown(node1, endpoint)))
+	printed, err := b.command(t.Context(), "kubectl", "signet", "ca", "bundle", "-o", "spiffe").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if shown := b.shown(node1, endpoint); string(printed) != shown+"\n" {
+		t.Errorf("the endpoint shows\n%s\nand the command prints\n%s", shown, printed)
+	}
+	partner.Edit("federation.yaml", federate(trustDomain, endpoint, strings.TrimSpace(string(printed))))
 	b.apply(federate(partnerDomain, net.JoinHostPort(node1.Addr().String(), partnerPort), partnerBundle))
 	b.federation("Accepted=True valid", "Fetched=True bundle ")
 	partner.Eventually(30*time.Second, "the partner to know the cluster's bundle", func() error {

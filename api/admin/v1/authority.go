@@ -1,6 +1,9 @@
 package adminv1
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // RotationStage is where the replacement of the root stands.
 type RotationStage string
@@ -84,6 +87,15 @@ type NodeRoots struct {
 	Used    []string `json:"used"`    // by any certificate that it holds
 	// Waits says what of the node the next step waits for; empty: nothing.
 	Waits string `json:"waits,omitempty"`
+}
+
+// TrustBundle is what the certificates and tokens of a trust domain are verified by:
+// the mesh's own, or one that it is federated with.
+type TrustBundle struct {
+	TrustDomain string `json:"trustDomain"`
+	// Document is a JWK set as SPIFFE Trust Domain and Bundle has it, and byte for
+	// byte what the bundle endpoint shows.
+	Document json.RawMessage `json:"document"`
 }
 
 // Issuances are the certificates of one identity in the issuance log of the
