@@ -22,10 +22,11 @@ const (
 	// MaxEvents is the most events of one report.
 	MaxEvents = 128
 
-	maxText   = 512             // bytes of a reason
-	maxName   = 1024            // bytes of any other text
-	tolerance = 5 * time.Second // of an event's time
-	prefix    = "sdk:"
+	maxText    = 512             // bytes of a reason
+	maxName    = 1024            // bytes of any other text
+	maxAddress = 128             // bytes of ip:port
+	tolerance  = 5 * time.Second // of an event's time
+	prefix     = "sdk:"
 	// reporter is Record.Proxy: the workload itself made the record.
 	reporter = "sdk"
 )
@@ -149,6 +150,7 @@ func event(e *sdkv1.Event, w *mesh.Workload, session []byte, now time.Time) (aud
 		{"reason", e.GetReason(), maxText}, {"policy", e.GetPolicy(), maxName}, {"revision", e.GetRevision(), 64}, {"ended", e.GetEnded(), 64},
 		{"tls_version", e.GetTlsVersion(), 64}, {"tls_cipher", e.GetTlsCipher(), 64}, {"tls_group", e.GetTlsGroup(), 64},
 		{"serial", e.GetSerial(), 40}, {"peer_serial", e.GetPeerSerial(), 40},
+		{"address", e.GetAddress(), maxAddress}, {"peer_address", e.GetPeerAddress(), maxAddress}, // a zone can be any text
 	} {
 		if len(f.text) > f.most {
 			return audit.Event{}, fmt.Errorf("%s: %d bytes; at most %d are taken", f.name, len(f.text), f.most)
