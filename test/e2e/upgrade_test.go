@@ -26,36 +26,18 @@ const (
 // runningProxy is a signet-proxy that a test started beside a mesh.
 type runningProxy struct {
 	cmd  *exec.Cmd
-	log  *syncBuffer
+	log  harness.Output
 	done chan struct{}
-}
-
-// syncBuffer collects a program's output.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 // startProxy starts a signet-proxy for the mesh's node.
 func startProxy(t *testing.T, m *harness.Mesh, args ...string) *runningProxy {
 	t.Helper()
-	p := &runningProxy{log: &syncBuffer{}, done: make(chan struct{})}
+	p := &runningProxy{done: make(chan struct{})}
 	p.cmd = exec.Command(harness.Bin("signet-proxy"), append([]string{
 		"--node", m.Node, "--run-dir", m.RunDir, "--state-dir", filepath.Join(m.StateDir, "agent"), "--envoy", harness.Envoy(t),
 	}, args...)...)
-	p.cmd.Stderr = p.log
+	p.cmd.Stderr = &p.log
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -16,7 +16,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -117,15 +116,15 @@ type Mesh struct {
 	t      testing.TB
 	cmd    *exec.Cmd
 	done   chan struct{}
-	stderr *logBuffer
-	stdout *logBuffer
+	stderr Output
+	stdout Output
 }
 
 // Start starts a mesh and waits until it is ready. It is stopped, and its log
 // searched for data races, when the test ends.
 func Start(t testing.TB, o Options) *Mesh {
 	t.Helper()
-	m := &Mesh{t: t, Lab: o.Lab, Node: o.Node, stderr: &logBuffer{}, stdout: &logBuffer{}, done: make(chan struct{})}
+	m := &Mesh{t: t, Lab: o.Lab, Node: o.Node, done: make(chan struct{})}
 	if m.Lab == nil {
 		l, err := lab.New(lab.Config{})
 		if err != nil {
@@ -162,7 +161,7 @@ func Start(t testing.TB, o Options) *Mesh {
 	m.Client = adminclient.New(m.RunDir)
 	args := append([]string{"up", "-c", m.Dir, "--run-dir", m.RunDir, "--state-dir", m.StateDir, "--node", m.Node, "--envoy", Envoy(t)}, o.Args...)
 	m.cmd = exec.Command(Bin("signet"), args...)
-	m.cmd.Stdout, m.cmd.Stderr = m.stdout, m.stderr
+	m.cmd.Stdout, m.cmd.Stderr = &m.stdout, &m.stderr
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -345,24 +344,6 @@ func (m *Mesh) Pod(name string) *lab.Pod {
 		m.t.Fatalf("no pod %q", name)
 	}
 	return p
-}
-
-// logBuffer collects output; it is safe for concurrent use.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 func tail(s string, n int) string {

@@ -66,10 +66,10 @@ type world struct {
 	*harness.Mesh
 	server *spire.Server
 	agent  *spire.Agent
-	log    syncBuffer // of SPIRE
-	began  time.Time  // SPIRE's server
-	base   string     // documents of the mesh, without any about SPIRE
-	port   int        // of the SDK's server
+	log    harness.Output // of SPIRE
+	began  time.Time      // SPIRE's server
+	base   string         // documents of the mesh, without any about SPIRE
+	port   int            // of the SDK's server
 
 	own     *workloadapi.X509Source                 // the mesh's Workload API
 	sdk     *sdk.Mesh                               // the same, with the mesh's policies
@@ -314,22 +314,4 @@ func (w *world) connect(ctx context.Context, config *tls.Config) (status int, go
 		return resp.StatusCode, resp.Header.Get("x-signet-reason"), nil // the status is the answer
 	}
 	return resp.StatusCode, string(body), err
-}
-
-// syncBuffer is a buffer that processes may write to at once.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }

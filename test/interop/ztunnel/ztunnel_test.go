@@ -3,7 +3,6 @@
 package ztunnel
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -74,7 +73,7 @@ spec: {serviceAccount: %[2]s, node: zt, capture: {networkNamespace: %[2]s, addre
 // world is both meshes at work, and what the applications in them saw.
 type world struct {
 	*harness.Mesh
-	log syncBuffer // of the ztunnels
+	log harness.Output // of the ztunnels
 
 	// accepted counts connections that reached an application, by pod.
 	accepted map[string]*atomic.Int64
@@ -272,22 +271,4 @@ func (w *world) audited(t *testing.T, from, to ztunnel.Workload, allowed bool) {
 		t.Errorf("%d bytes in the records, sent more than %d", sent, len(payload))
 	}
 	t.Logf("%s -> %s: %d records: %s, %s, TLS %+v", from.Name, to.Name, len(records), records[0].Verdict, records[0].Reason, records[0].TLS)
-}
-
-// syncBuffer is a buffer that processes may write to at once.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
