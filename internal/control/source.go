@@ -1,8 +1,11 @@
 package control
 
 import (
+	"context"
+	"errors"
 	"sync"
 
+	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/xds"
 	"github.com/signet-mesh/signet/xds/xdsserver"
@@ -30,6 +33,24 @@ func (b *builds) get(v *mesh.View, node string) (xds.Set, error) {
 	}
 	b.sets[node] = set
 	return set, nil
+}
+
+// xdsVersion is the hash of what a node's proxy gets in a view.
+func (c *control) xdsVersion(v *mesh.View, node string) string {
+	set, err := c.built.get(v, node)
+	if err != nil {
+		return ""
+	}
+	return set.Version()
+}
+
+// open names the source of a node's stream by its certificate.
+func (c *control) open(ctx context.Context) (xdsserver.Source, xdsserver.Subscriber, error) {
+	node, ok := caserver.NodeFromContext(ctx)
+	if !ok {
+		return nil, nil, errors.New("no node certificate")
+	}
+	return &source{control: c, node: node}, nil, nil
 }
 
 // source is what one node's stream may see.
