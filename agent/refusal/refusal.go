@@ -83,14 +83,6 @@ func Of(p *attest.Process) Caller {
 
 const maxText = 1024 // bytes of one text
 
-// short bounds a text that a caller has a say in.
-func short(s string) string {
-	if len(s) > maxText {
-		s = s[:maxText] + "..."
-	}
-	return strings.ToValidUTF8(s, "\uFFFD")
-}
-
 // Entry is what there is to write: the latest refusal, and how many there were.
 type Entry = tally.Entry[Refusal]
 
@@ -119,7 +111,9 @@ func (b *Book) Add(r Refusal) {
 	if b == nil {
 		return
 	}
-	r.ID, r.Reason, r.Caller.Executable = short(r.ID), short(r.Reason), short(r.Caller.Executable)
+	for _, text := range []*string{&r.ID, &r.Reason, &r.Caller.Executable} {
+		*text = tally.Text(*text, maxText)
+	}
 	b.mu.Lock()
 	b.counts[r.Kind]++
 	b.mu.Unlock()

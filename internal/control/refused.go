@@ -46,19 +46,12 @@ func (r *refusals) add(one caserver.Refusal) {
 	if one.Reason == caserver.ReasonStarting {
 		return // the same caller is answered in a moment
 	}
-	one.Workload, one.Message = shortened(one.Workload), shortened(one.Message)
+	one.Workload, one.Message = tally.Text(one.Workload, maxRefusedText), tally.Text(one.Message, maxRefusedText)
 	who := "node " + one.Node
 	if one.Node == "" {
 		who = "from " + one.From
 	}
 	r.tally.Add(who, strings.Join([]string{one.Call, string(one.Reason), one.Workload, one.From}, "\n"), one)
-}
-
-func shortened(s string) string {
-	if len(s) > maxRefusedText {
-		s = s[:maxRefusedText] + "..."
-	}
-	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
 // keep writes refusals into the issuance log until ctx ends; package tally says

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -28,6 +29,15 @@ const (
 	again     = time.Second     // after a failed write
 	lastWrite = 5 * time.Second // for what is left at the end
 )
+
+// Text is a text that whoever causes events has a say in, as it may be kept: of at
+// most so many bytes, and a mark that there were more.
+func Text(s string, most int) string {
+	if len(s) > most {
+		s = s[:most] + "..."
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
+}
 
 // Entry is what happened of one kind.
 type Entry[T any] struct {

@@ -147,3 +147,15 @@ func TestFailedWrite(t *testing.T) {
 		}
 	})
 }
+
+// Defends the log that entries go to: no text of a caller is longer than it may be,
+// or breaks what it is written in.
+func TestText(t *testing.T) {
+	for _, c := range []struct{ in, want string }{
+		{"", ""}, {"four", "four"}, {"fives", "five..."}, {"a\xff", "a\uFFFD"}, {"abc\u00e9", "abc\uFFFD..."},
+	} {
+		if got := Text(c.in, 4); got != c.want {
+			t.Errorf("%q: %q, want %q", c.in, got, c.want)
+		}
+	}
+}
