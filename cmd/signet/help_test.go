@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -48,26 +49,35 @@ func TestHelpOfEveryCommand(t *testing.T) {
 	}
 }
 
-// The README's command lines are those of this program.
-func TestReadmeCommandLines(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
+// The command lines of the README and of the documents are those of this program.
+func TestDocumentedCommandLines(t *testing.T) {
+	files, err := filepath.Glob("../../docs/*.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := 0
-	for _, block := range regexp.MustCompile("(?s)```(?:sh|text)\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
-		for _, line := range strings.Split(block[1], "\n") {
-			line, _, _ = strings.Cut(line, "#")
-			for _, call := range callsOfSignet.FindAllStringSubmatch(line, -1) {
-				n++
-				if err := parses(call[1]); err != nil {
-					t.Errorf("README: `signet%s`: %v", call[1], err)
+	for _, file := range append(files, "../../README.md") {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, block := range regexp.MustCompile("(?ms)^ *```(\\w*)\n(.*?)^ *```$").FindAllStringSubmatch(string(text), -1) {
+			if block[1] != "" && block[1] != "sh" && block[1] != "text" {
+				continue
+			}
+			for line := range strings.Lines(strings.ReplaceAll(block[2], "\\\n", " ")) {
+				line, _, _ = strings.Cut(line, "#")
+				for _, call := range callsOfSignet.FindAllStringSubmatch(line, -1) {
+					n++
+					if err := parses(call[1]); err != nil {
+						t.Errorf("%s: `signet%s`: %v", filepath.Base(file), call[1], err)
+					}
 				}
 			}
 		}
-	}
-	if n < 8 {
-		t.Errorf("found %d command lines in the README, which cannot be all", n)
+		if least := map[string]int{"README.md": 8, "identity.md": 5}[filepath.Base(file)]; n < least {
+			t.Errorf("found %d command lines in %s, which cannot be all", n, file)
+		}
 	}
 }
 
