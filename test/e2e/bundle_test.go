@@ -22,19 +22,6 @@ import (
 	"github.com/signet-mesh/signet/test/harness"
 )
 
-// trustBundle is what `signet ca bundle` prints of a mesh.
-func trustBundle(t *testing.T, m *harness.Mesh, args ...string) (out string) {
-	t.Helper()
-	m.Eventually(10*time.Second, "the bundle", func() error {
-		var code int
-		if out, code = m.CLI(append([]string{"ca", "bundle"}, args...)...); code != 0 {
-			return fmt.Errorf("code %d", code)
-		}
-		return nil
-	})
-	return out
-}
-
 // TestTrustBundle: what the command prints is what others verify the mesh's
 // certificates and tokens by, with libraries that know nothing of this project and
 // without any endpoint: the certificate that a real proxy shows for a captured
@@ -48,12 +35,12 @@ func TestTrustBundle(t *testing.T) {
 			harness.Workload("shop", "server", serverAddr) + entryFor(t, "mine", os.Geteuid())},
 	})
 	td := spiffeid.RequireTrustDomainFromString("mesh.test")
-	text := trustBundle(t, m)
+	text := m.TrustBundle()
 	roots, err := x509bundle.Parse(td, []byte(text))
 	if err != nil || len(roots.X509Authorities()) != 1 {
 		t.Fatalf("%v of\n%s", err, text)
 	}
-	both, err := spiffebundle.Parse(td, []byte(trustBundle(t, m, "-o", "spiffe")))
+	both, err := spiffebundle.Parse(td, []byte(m.TrustBundle("-o", "spiffe")))
 	if err != nil || !both.X509Bundle().Equal(roots) || len(both.JWTAuthorities()) == 0 {
 		t.Fatalf("%v, %+v", err, both)
 	}
@@ -101,7 +88,7 @@ func TestTrustBundle(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.Eventually(10*time.Second, "the next root in the bundle", func() error {
-		next := trustBundle(t, m)
+		next := m.TrustBundle()
 		if n := strings.Count(next, "BEGIN CERTIFICATE"); n != 2 || !strings.Contains(next, strings.TrimSpace(text)) {
 			return fmt.Errorf("%d roots", n)
 		}

@@ -65,11 +65,7 @@ func TestTokenClockJumps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := harness.Start(t, harness.Options{Documents: map[string]string{"mesh.yaml": harness.Config("1h") + harness.Namespace("shop", "enforce") + fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: app, namespace: shop}
-spec: {serviceAccount: app, attest: {uid: %d, path: %q}}
-`, os.Geteuid(), exe)}})
+	m := harness.Start(t, harness.Options{Documents: map[string]string{"mesh.yaml": harness.Config("1h") + harness.Namespace("shop", "enforce") + harness.Program("shop", "app", os.Geteuid(), exe)}})
 	// Without a library: it would look at tokens by this program's clock.
 	conn, err := grpc.NewClient("unix://"+filepath.Join(m.RunDir, "api", "agent.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {

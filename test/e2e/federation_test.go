@@ -54,15 +54,6 @@ type side struct {
 	source *workloadapi.X509Source
 }
 
-func domainConfig(td spiffeid.TrustDomain) string {
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: MeshConfig
-metadata: {name: mesh}
-spec: {trustDomain: %s, svidTTL: 8s}
----
-`, td.Name())
-}
-
 // testProgram is a WorkloadEntry for this test's own process.
 func testProgram(t *testing.T, id spiffeid.ID) string {
 	t.Helper()
@@ -70,21 +61,16 @@ func testProgram(t *testing.T, id spiffeid.ID) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := strings.Split(id.Path(), "/")
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[2]s, namespace: %[1]s}
-spec: {serviceAccount: %[2]s, attest: {uid: %[3]d, path: %[4]q}}
----
-`, s[2], s[4], os.Geteuid(), exe)
+	path := strings.Split(id.Path(), "/")
+	return harness.Program(path[2], path[4], os.Geteuid(), exe)
 }
 
 // federate is a Federation document, with the bundle that the command prints, by
 // which the endpoint is asked for the same first.
 func federate(t *testing.T, of *side, td spiffeid.TrustDomain, endpoint string) string {
 	t.Helper()
-	doc := trustBundle(t, of.Mesh, "-o", "spiffe")
-	roots, err := x509bundle.Parse(td, []byte(trustBundle(t, of.Mesh)))
+	doc := of.TrustBundle("-o", "spiffe")
+	roots, err := x509bundle.Parse(td, []byte(of.TrustBundle()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,17 +89,7 @@ func federate(t *testing.T, of *side, td spiffeid.TrustDomain, endpoint string) 
 	if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusOK || string(body)+"\n" != doc {
 		t.Errorf("the endpoint of %s shows %s %v\n%s\nand the command prints\n%s", td, resp.Status, err, body, doc)
 	}
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: Federation
-metadata: {name: %[1]s}
-spec:
-  trustDomain: %[1]s
-  bundleEndpointURL: https://%[2]s/bundle
-  profile: https_spiffe
-  endpointSPIFFEID: spiffe://%[1]s/signet/bundle
-  bundle: '%[3]s'
----
-`, td.Name(), endpoint, strings.TrimSpace(doc))
+	return harness.Federation(td.Name(), "https://"+endpoint+"/bundle", ca.BundleEndpointID(td).String(), doc)
 }
 
 func allowForeign(target string, id string) string {
@@ -129,8 +105,8 @@ spec: {target: {serviceAccount: %s}, ports: [8080], from: [{spiffeID: %q}]}
 // and web, a captured server of beta.
 func startSides(t *testing.T) (alpha, beta *side) {
 	t.Helper()
-	alpha = &side{base: domainConfig(alphaTD) + harness.Namespace("shop", "enforce") + testProgram(t, alphaApp)}
-	beta = &side{base: domainConfig(betaTD) + harness.Namespace("pay", "enforce") + testProgram(t, betaApp) + harness.Workload("pay", "web", webAddr)}
+	alpha = &side{base: harness.ConfigOf(alphaTD.Name(), "8s") + harness.Namespace("shop", "enforce") + testProgram(t, alphaApp)}
+	beta = &side{base: harness.ConfigOf(betaTD.Name(), "8s") + harness.Namespace("pay", "enforce") + testProgram(t, betaApp) + harness.Workload("pay", "web", webAddr)}
 	alpha.Mesh = harness.Start(t, harness.Options{
 		Pods: map[string]string{"web": webAddr, "outside": "10.88.0.32"}, Documents: map[string]string{"mesh.yaml": alpha.base},
 		Args: []string{"--bundle-listen", alphaEndpoint, "--bundle-refresh-hint", "1s"},
@@ -244,7 +220,7 @@ func TestFederation(t *testing.T) {
 	}
 	known(alpha, betaTD)
 	known(beta, alphaTD)
-	if got, own := trustBundle(t, alpha.Mesh, "--trust-domain", "beta.test"), trustBundle(t, beta.Mesh); got != own {
+	if got, own := alpha.TrustBundle("--trust-domain", "beta.test"), beta.TrustBundle(); got != own {
 		t.Errorf("alpha's control plane says that beta is verified by\n%sand beta's by\n%s", got, own)
 	}
 	if out, code := alpha.CLI("ca", "bundle", "--trust-domain", "gamma.test"); code != 1 || out != "" {

@@ -149,7 +149,7 @@ func TestJWT(t *testing.T) {
 	}
 	ledger := copyOf(t, exe)
 	entry := func(name, path string) string {
-		return fmt.Sprintf("apiVersion: signet.dev/v1alpha1\nkind: WorkloadEntry\nmetadata: {name: %[1]s, namespace: shop}\nspec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}\n---\n", name, os.Geteuid(), path)
+		return harness.Program("shop", name, os.Geteuid(), path)
 	}
 	base := harness.Config("1h") + harness.Namespace("shop", "enforce")
 	m := harness.Start(t, harness.Options{

@@ -44,12 +44,7 @@ func entryFor(t *testing.T, name string, uid int) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s, namespace: shop}
-spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
----
-`, name, uid, exe)
+	return harness.Program("shop", name, uid, exe)
 }
 
 // Defends: who was refused an identity is in the audit of the node, with the

@@ -32,12 +32,7 @@ func sdkWorkload(t *testing.T, name string) string {
 }
 
 func sdkEntry(name, exe string) string {
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s, namespace: shop}
-spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
----
-`, name, os.Geteuid(), exe)
+	return harness.Program("shop", name, os.Geteuid(), exe)
 }
 
 // sdkMesh has three workloads that use package sdk; client may call server at a
@@ -104,6 +99,18 @@ func (m *sdkMesh) open(ctx context.Context, as *sdk.Mesh, l net.Listener) (*sdk.
 	return c, nil
 }
 
+// allow has a policy let the client call the server, and returns the first connection
+// by it.
+func (m *sdkMesh) allow(t *testing.T, l net.Listener) (c *sdk.Conn) {
+	t.Helper()
+	m.Edit("mesh.yaml", m.base+harness.Allow("shop", "allow-client", "server", []int{sdkPort(l)}, "client"))
+	m.Eventually(5*time.Second, "the policy to be in force", func() (err error) {
+		c, err = m.open(t.Context(), m.client, l)
+		return err
+	})
+	return c
+}
+
 // word exchanges a word with an echo.
 func word(c net.Conn) error {
 	if _, err := c.Write([]byte("hello")); err != nil {
@@ -122,13 +129,7 @@ func word(c net.Conn) error {
 func TestSDK(t *testing.T) {
 	m := startSDK(t, "1h")
 	l := m.serve(t)
-	m.Edit("mesh.yaml", m.base+harness.Allow("shop", "allow-client", "server", []int{sdkPort(l)}, "client"))
-
-	var c *sdk.Conn
-	m.Eventually(5*time.Second, "the policy to be in force", func() (err error) {
-		c, err = m.open(t.Context(), m.client, l)
-		return err
-	})
+	c := m.allow(t, l)
 	if c.PeerID() != sdkID("server") {
 		t.Errorf("the client talks to %s", c.PeerID())
 	}

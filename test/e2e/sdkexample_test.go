@@ -37,16 +37,9 @@ func TestSDKExample(t *testing.T) {
 	}
 	documents := harness.Config("1h") + harness.Namespace("shop", "enforce")
 	uids := map[string]uint32{"ledger": 61101, "billing": 61102, "other": 61103}
-	var entries strings.Builder
 	for name, uid := range uids {
-		fmt.Fprintf(&entries, `apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s, namespace: shop}
-spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
----
-`, name, uid, exe)
+		documents += harness.Program("shop", name, int(uid), exe)
 	}
-	documents += entries.String()
 	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": documents}})
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()

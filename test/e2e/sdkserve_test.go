@@ -31,14 +31,7 @@ import (
 func TestSDKThroughFaults(t *testing.T) {
 	m := startSDK(t, "8s")
 	l := m.serve(t)
-	m.Edit("mesh.yaml", m.base+harness.Allow("shop", "allow-client", "server", []int{sdkPort(l)}, "client"))
-	m.Eventually(5*time.Second, "the policy to be in force", func() error {
-		c, err := m.open(t.Context(), m.client, l)
-		if err == nil {
-			c.Close()
-		}
-		return err
-	})
+	m.allow(t, l).Close()
 	began := time.Now()
 	var (
 		calls   atomic.Int64
@@ -100,12 +93,7 @@ func TestSDKThroughFaults(t *testing.T) {
 func TestSDKOutlivesProxy(t *testing.T) {
 	m := startSDK(t, "1h")
 	l := m.serve(t)
-	m.Edit("mesh.yaml", m.base+harness.Allow("shop", "allow-client", "server", []int{sdkPort(l)}, "client"))
-	var c *sdk.Conn
-	m.Eventually(5*time.Second, "the policy to be in force", func() (err error) {
-		c, err = m.open(t.Context(), m.client, l)
-		return err
-	})
+	c := m.allow(t, l)
 	defer c.Close()
 	open := func() error {
 		n := 0

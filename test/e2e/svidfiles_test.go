@@ -35,12 +35,7 @@ func TestSVIDFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	entry := func(name, path string) string {
-		return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s, namespace: shop}
-spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
----
-`, name, os.Geteuid(), path)
+		return harness.Program("shop", name, os.Geteuid(), path)
 	}
 	base := harness.Config("8s") + harness.Namespace("shop", "enforce") + entry("app", exe)
 	m := harness.Start(t, harness.Options{

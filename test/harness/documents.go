@@ -6,13 +6,16 @@ import (
 )
 
 // Config is a MeshConfig document. ttl is a duration such as "10s".
-func Config(ttl string) string {
+func Config(ttl string) string { return ConfigOf("mesh.test", ttl) }
+
+// ConfigOf is the MeshConfig document of another trust domain.
+func ConfigOf(trustDomain, ttl string) string {
 	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
 kind: MeshConfig
 metadata: {name: mesh}
-spec: {trustDomain: mesh.test, svidTTL: %s}
+spec: {trustDomain: %s, svidTTL: %s}
 ---
-`, ttl)
+`, trustDomain, ttl)
 }
 
 // Namespace is a Namespace document; mode is enforce, observe or off.
@@ -33,6 +36,33 @@ metadata: {name: %[2]s, namespace: %[1]s}
 spec: {serviceAccount: %[2]s, capture: {networkNamespace: %[2]s, addresses: [%[3]s]}}
 ---
 `, namespace, name, addr)
+}
+
+// Program is a WorkloadEntry of the same name as its service account, which is what
+// runs an executable as a user.
+func Program(namespace, name string, uid int, executable string) string {
+	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+kind: WorkloadEntry
+metadata: {name: %[2]s, namespace: %[1]s}
+spec: {serviceAccount: %[2]s, attest: {uid: %[3]d, path: %[4]q}}
+---
+`, namespace, name, uid, executable)
+}
+
+// Federation is a Federation document of an endpoint that proves itself by SPIFFE,
+// with the bundle to begin with.
+func Federation(trustDomain, url, endpoint, bundle string) string {
+	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
+kind: Federation
+metadata: {name: %[1]s}
+spec:
+  trustDomain: %[1]s
+  bundleEndpointURL: %[2]s
+  profile: https_spiffe
+  endpointSPIFFEID: %[3]s
+  bundle: '%[4]s'
+---
+`, trustDomain, url, endpoint, strings.TrimSpace(bundle))
 }
 
 // Service is a ServiceEntry with one port in front of workloads of its

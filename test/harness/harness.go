@@ -336,6 +336,19 @@ func (m *Mesh) CLI(args ...string) (string, int) {
 	return out.String(), cmd.ProcessState.ExitCode()
 }
 
+// TrustBundle returns what `signet ca bundle` prints, as soon as it does.
+func (m *Mesh) TrustBundle(args ...string) (out string) {
+	m.t.Helper()
+	m.Eventually(10*time.Second, "the trust bundle", func() error {
+		var code int
+		if out, code = m.CLI(append([]string{"ca", "bundle"}, args...)...); code != 0 {
+			return fmt.Errorf("signet ca bundle: exit code %d", code)
+		}
+		return nil
+	})
+	return out
+}
+
 // Pod returns a pod of the lab.
 func (m *Mesh) Pod(name string) *lab.Pod {
 	m.t.Helper()

@@ -51,20 +51,7 @@ func (b *bench) startPartner(on *cluster.Node) (m *harness.Mesh, source *workloa
 	if err != nil {
 		b.Fatal(err)
 	}
-	documents := fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: MeshConfig
-metadata: {name: mesh}
-spec: {trustDomain: %s, svidTTL: 2m}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop, annotations: {signet.dev/mesh: enforce}}
----
-apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: app, namespace: shop}
-spec: {serviceAccount: app, attest: {uid: %d, path: %q}}
-`, partnerDomain, os.Geteuid(), exe)
+	documents := harness.ConfigOf(partnerDomain, "2m") + harness.Namespace("shop", "enforce") + harness.Program("shop", "app", os.Geteuid(), exe)
 	if err := lab.In(path, func() error {
 		m = harness.Start(b.T, harness.Options{
 			Lab: &lab.Lab{}, Node: "p1", NoWait: true, Documents: map[string]string{"mesh.yaml": documents},
@@ -117,17 +104,7 @@ func (b *bench) shown(from *cluster.Node, address string) string {
 
 // federate is a Federation document.
 func federate(domain, address, bundle string) string {
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: Federation
-metadata: {name: %[1]s}
-spec:
-  trustDomain: %[1]s
-  bundleEndpointURL: https://%[2]s/bundle
-  profile: https_spiffe
-  endpointSPIFFEID: spiffe://%[1]s/signet/bundle
-  bundle: '%[3]s'
----
-`, domain, address, bundle)
+	return harness.Federation(domain, "https://"+address+"/bundle", "spiffe://"+domain+"/signet/bundle", bundle)
 }
 
 // showBundle has two replicas of the control plane show the bundle, as the chart's
@@ -276,7 +253,7 @@ spec: {target: {serviceAccount: server}, ports: [8080], from: [{spiffeID: %q}]}
 	if shown := b.shown(node1, endpoint); string(printed) != shown+"\n" {
 		t.Errorf("the endpoint shows\n%s\nand the command prints\n%s", shown, printed)
 	}
-	partner.Edit("federation.yaml", federate(trustDomain, endpoint, strings.TrimSpace(string(printed))))
+	partner.Edit("federation.yaml", federate(trustDomain, endpoint, string(printed)))
 	b.apply(federate(partnerDomain, net.JoinHostPort(node1.Addr().String(), partnerPort), partnerBundle))
 	b.federation("Accepted=True valid", "Fetched=True bundle ")
 	partner.Eventually(30*time.Second, "the partner to know the cluster's bundle", func() error {

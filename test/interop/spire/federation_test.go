@@ -158,7 +158,7 @@ func (w *world) exchange(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.Edit("federation.yaml", w.federation(bundle))
-	if err := w.server.SetBundle(t.Context(), ownTD, ownBundle(t)); err != nil {
+	if err := w.server.SetBundle(t.Context(), ownTD, []byte(w.TrustBundle("-o", "spiffe"))); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.server.Federate(t.Context(), ownTD); err != nil {

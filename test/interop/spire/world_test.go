@@ -3,7 +3,6 @@
 package spire
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -84,17 +83,8 @@ func start(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w := &world{foreign: map[spiffeid.ID]*workloadapi.X509Source{}}
-	w.base = fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: MeshConfig
-metadata: {name: mesh}
-spec: {trustDomain: %s, svidTTL: %s}
----
-`, ownTD.Name(), svidTTL) + harness.Namespace("pay", "enforce") + harness.Workload("pay", "web", webAddr) + fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: ledger, namespace: pay}
-spec: {serviceAccount: ledger, attest: {uid: %d, path: %q}}
----
-`, os.Geteuid(), exe)
+	w.base = harness.ConfigOf(ownTD.Name(), svidTTL.String()) + harness.Namespace("pay", "enforce") +
+		harness.Workload("pay", "web", webAddr) + harness.Program("pay", "ledger", os.Geteuid(), exe)
 	w.Mesh = harness.Start(t, harness.Options{
 		Pods: map[string]string{"web": webAddr, "outside": "10.88.0.32"}, Documents: map[string]string{"mesh.yaml": w.base},
 		Args: []string{"--bundle-listen", ownEndpoint, "--bundle-refresh-hint", refreshHint.String()},
@@ -190,39 +180,7 @@ func (w *world) socket() string { return filepath.Join(w.RunDir, "api", "agent.s
 
 // federation is the document about SPIRE's trust domain, with a bundle.
 func (w *world) federation(bundle []byte) string {
-	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
-kind: Federation
-metadata: {name: spire}
-spec:
-  trustDomain: %s
-  bundleEndpointURL: %s
-  profile: https_spiffe
-  endpointSPIFFEID: %s
-  bundle: '%s'
----
-`, spireTD.Name(), w.server.BundleEndpointURL(), w.server.BundleEndpointID(), bytes.TrimSpace(bundle))
-}
-
-// ownBundle is what this mesh's endpoint shows.
-func ownBundle(t *testing.T) []byte {
-	t.Helper()
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
-		InsecureSkipVerify: true, //nolint:gosec // an operator carries the first bundle over in another way
-	}}}
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+ownEndpoint+"/bundle", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s %v: %s", resp.Status, err, body)
-	}
-	return body
+	return harness.Federation(spireTD.Name(), w.server.BundleEndpointURL(), w.server.BundleEndpointID().String(), string(bundle))
 }
 
 // allow lets one foreign identity in, to web and to the SDK's server.
