@@ -1,118 +1,153 @@
 package clients
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
+	"regexp"
+	"strconv"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-mesh/signet/test/harness"
 )
 
-// output is what a program writes, as far as it has come.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer // guarded by mu
+const examples = "../../examples/spiffe"
+
+// block returns the n-th block of a kind in a README, from 0.
+func block(t *testing.T, readme, kind string, n int) string {
+	t.Helper()
+	text, err := os.ReadFile(readme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := regexp.MustCompile("(?ms)^```"+kind+"\n(.*?)^```$").FindAllStringSubmatch(string(text), -1)
+	if len(all) <= n {
+		t.Fatalf("%s has %d blocks of %s, and not one more", readme, len(all), kind)
+	}
+	return all[n][1]
 }
 
-func (o *output) Write(b []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(b)
+// recipe is what the README of an example says: where its commands are given, and
+// those.
+type recipe struct {
+	dir         string
+	serve, call []string
 }
 
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
+// theirAddress is where the READMEs have servers listen.
+const theirAddress = "127.0.0.1:8443"
+
+// with is a command with another address and, unless empty, another peer.
+func with(argv []string, address, peer string) []string {
+	out := append([]string{}, argv...)
+	out[len(out)-2] = address
+	if peer != "" {
+		out[len(out)-1] = peer
+	}
+	return out
+}
+
+// readRecipe reads the commands of an example. Those that build it were given by
+// `make clients`, or are here, for the one in Go, but for where the program is put.
+func readRecipe(t *testing.T, language, installed, scratch string) *recipe {
+	t.Helper()
+	folder := filepath.Join(examples, language)
+	readme := filepath.Join(folder, "README.md")
+	r := &recipe{dir: filepath.Join(installed, language, "example")}
+	commands := block(t, readme, "sh", 1)
+	if language == "go" {
+		const theirs = "/tmp/example"
+		build := block(t, readme, "sh", 0)
+		if !strings.Contains(build, theirs) || !strings.Contains(commands, theirs) {
+			t.Fatalf("%s: the program is not at %s", readme, theirs)
+		}
+		r.dir = scratch
+		mine := filepath.Join(scratch, "example")
+		commands = strings.ReplaceAll(commands, theirs, mine)
+		c := exec.Command("bash", "-euo", "pipefail", "-c", strings.ReplaceAll(build, theirs, mine)) //nolint:gosec // the README's
+		c.Dir = folder
+		c.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	} else if was, now := block(t, filepath.Join(r.dir, "README.md"), "sh", 0), block(t, readme, "sh", 0); was != now {
+		t.Fatalf("the example in %s was built by %q, and its README says %q: run `make clients`", language, was, now)
+	}
+	for line := range strings.Lines(commands) {
+		text, _, _ := strings.Cut(line, "#")
+		argv := strings.Fields(text)
+		if n := len(argv); n < 4 || argv[n-2] != theirAddress {
+			t.Fatalf("%s: %q is no command with %s and a SPIFFE ID", readme, line, theirAddress)
+		}
+		switch argv[len(argv)-3] {
+		case "serve":
+			r.serve = argv
+		case "call":
+			r.call = argv
+		}
+	}
+	if r.serve == nil || r.call == nil {
+		t.Fatalf("%s does not say how to serve and to call", readme)
+	}
+	return r
 }
 
 // example is one of examples/spiffe that runs.
 type example struct {
-	out, errs output
+	out, errs harness.Output
 	ended     chan error // has one
 }
 
-// TestExamples: the programs of examples/spiffe do what they say, each as a server and
-// as a client of each other, and for longer than any certificate lives. A client
-// that wants another server, and a server that wants another client, refuse.
+// TestExamples: the programs of examples/spiffe do what their READMEs say, built and
+// called as it is written there, as the workloads that are written there, each as a
+// server and as a client of each other, and for longer than any certificate lives. A
+// client that wants another server, and a server that wants another client, refuse.
 func TestExamples(t *testing.T) {
 	const life = 10 * time.Second
 	at, err := installed()
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("/run", "examples-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o711); err != nil {
-		t.Fatal(err)
-	}
-	const folder = "../../examples/spiffe"
-	goExample, script := filepath.Join(dir, "go"), filepath.Join(dir, "main.py")
-	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", goExample, folder+"/go").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	text, err := os.ReadFile(folder + "/python/main.py")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(script, text, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	java, err := exec.LookPath("java")
-	if err != nil {
-		t.Fatal(err)
-	}
-	commands := map[string][]string{
-		"go":     {goExample},
-		"java":   {java, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx128m", "-jar", at + "/java/example/example.jar"},
-		"python": {at + "/python/venv/bin/python", script},
-		"rust":   {at + "/rust/example"},
-	}
+	dir := publicDir(t)
 	languages := []string{"go", "java", "python", "rust"}
-
-	// All servers are one workload, and all clients another: two users.
-	const ledger, billing = "spiffe://mesh.test/ns/shop/sa/ledger", "spiffe://mesh.test/ns/shop/sa/billing"
-	uids := map[string]uint32{ledger: 61201, billing: 61202}
-	var docs strings.Builder
-	docs.WriteString(harness.Config(life.String()) + harness.Namespace("shop", "enforce"))
-	for id, uid := range uids {
-		account := id[strings.LastIndexByte(id, '/')+1:]
-		for _, l := range languages {
-			exe, err := filepath.EvalSymlinks(commands[l][0])
-			if err != nil {
-				t.Fatal(err)
-			}
-			fmt.Fprintf(&docs, `apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s-%[2]s, namespace: shop}
-spec: {serviceAccount: %[1]s, attest: {uid: %[3]d, path: %[4]q}}
----
-`, account, l, uid, exe)
-		}
+	recipes := map[string]*recipe{}
+	for _, l := range languages {
+		recipes[l] = readRecipe(t, l, at, dir)
 	}
-	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs.String()}})
+
+	// The two workloads, and the users that they are.
+	entries := block(t, filepath.Join(examples, "README.md"), "yaml", 0)
+	uids := map[string]uint32{}
+	for _, e := range regexp.MustCompile(`serviceAccount: (\w+), attest: {uid: (\d+)}`).FindAllStringSubmatch(entries, -1) {
+		uid, err := strconv.ParseUint(e[2], 10, 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		uids[e[1]] = uint32(uid)
+	}
+	if len(uids) != 2 || uids["ledger"] == 0 || uids["billing"] == 0 {
+		t.Fatalf("the README's workloads are %v", uids)
+	}
+	billing := spiffeid.RequireFromString(recipes["go"].serve[len(recipes["go"].serve)-1])
+	nobody := spiffeid.RequireFromPath(billing.TrustDomain(), "/ns/pay/sa/nobody").String()
+	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{
+		"entries.yaml": entries,
+		"mesh.yaml":    harness.ConfigOf(billing.TrustDomain().Name(), life.String()) + harness.Namespace("pay", "enforce"),
+	}})
 	// run starts a program, as a workload, until the test ends.
-	run := func(t *testing.T, language, as string, args ...string) *example {
+	run := func(t *testing.T, language, as string, argv []string) *example {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
-		argv := slices.Concat(commands[language], args)
-		c := exec.CommandContext(ctx, argv[0], argv[1:]...)
+		c := command(ctx, m, uids[as], argv...)
 		e := &example{ended: make(chan error, 1)}
-		c.Dir, c.Stdout, c.Stderr = "/", &e.out, &e.errs
-		c.Env = []string{"PATH=/usr/bin:/bin", "LANG=C.UTF-8", "SPIFFE_ENDPOINT_SOCKET=unix://" + filepath.Join(m.RunDir, "api", "agent.sock")}
-		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uids[as], Gid: uids[as]}}
+		c.Dir, c.Stdout, c.Stderr = recipes[language].dir, &e.out, &e.errs
+		c.Env = append(c.Env, "JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xmx128m") // many at a time
 		if err := c.Start(); err != nil {
 			cancel()
 			t.Fatal(err)
@@ -122,10 +157,14 @@ spec: {serviceAccount: %[1]s, attest: {uid: %[3]d, path: %[4]q}}
 		t.Cleanup(func() { cancel(); <-done })
 		return e
 	}
+	serve := func(t *testing.T, language string) *example {
+		t.Helper()
+		return run(t, language, "ledger", with(recipes[language].serve, "127.0.0.1:0", ""))
+	}
 
 	servers, addresses := map[string]*example{}, map[string]string{}
 	for _, l := range languages {
-		servers[l] = run(t, l, ledger, "serve", "127.0.0.1:0", billing)
+		servers[l] = serve(t, l)
 	}
 	for _, l := range languages {
 		m.Eventually(30*time.Second, l+" to listen", func() error {
@@ -141,8 +180,8 @@ spec: {serviceAccount: %[1]s, attest: {uid: %[3]d, path: %[4]q}}
 	t.Run("refused", func(t *testing.T) {
 		for _, l := range languages {
 			for what, e := range map[string]*example{
-				l + " calls a server that is another": run(t, l, billing, "call", addresses["go"], nobodyID),
-				"another client calls " + l:           run(t, "go", ledger, "call", addresses[l], ledger),
+				l + " calls a server that is another": run(t, l, "billing", with(recipes[l].call, addresses["go"], nobody)),
+				"another client calls " + l:           run(t, "go", "ledger", with(recipes["go"].call, addresses[l], "")),
 			} {
 				select {
 				case err := <-e.ended:
@@ -161,14 +200,14 @@ spec: {serviceAccount: %[1]s, attest: {uid: %[3]d, path: %[4]q}}
 		running := map[[2]string]*example{}
 		for _, client := range languages {
 			for _, server := range languages {
-				running[[2]string{client, server}] = run(t, client, billing, "call", addresses[server], ledger)
+				running[[2]string{client, server}] = run(t, client, "billing", with(recipes[client].call, addresses[server], ""))
 			}
 		}
 		for _, client := range languages {
 			for _, server := range languages {
 				t.Run(client+" calls "+server, func(t *testing.T) {
 					e := running[[2]string{client, server}]
-					hello := "hello " + billing + "\n"
+					hello := "hello " + billing.String() + "\n"
 					for end := time.Now().Add(90 * time.Second); strings.Count(e.out.String(), hello) < calls; time.Sleep(100 * time.Millisecond) {
 						select {
 						case err := <-e.ended:

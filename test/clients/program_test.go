@@ -2,7 +2,6 @@ package clients
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/x509"
@@ -111,6 +110,29 @@ var installed = sync.OnceValues(func() (string, error) {
 	return at, nil
 })
 
+// publicDir is a folder to which every user has a way.
+func publicDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/run", "mesh-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// command is a program on a mesh, of a user.
+func command(ctx context.Context, m *harness.Mesh, uid uint32, argv ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	c.Dir = "/"
+	c.Env = []string{"PATH=/usr/bin:/bin", "LANG=C.UTF-8", "SPIFFE_ENDPOINT_SOCKET=unix://" + filepath.Join(m.RunDir, "api", "agent.sock")}
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	return c
+}
+
 // fixture is a mesh with a workload for each language.
 type fixture struct {
 	t         *testing.T
@@ -124,14 +146,7 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("/run", "mesh-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	dir := publicDir(t)
 	goclient := filepath.Join(dir, "goclient")
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", goclient, "./goclient").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -155,21 +170,15 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 		{name: "python", argv: []string{at + "/python/venv/bin/python", client}},
 		{name: "rust", argv: []string{at + "/rust/client"}},
 	}}
-	var docs strings.Builder
-	docs.WriteString(harness.Config(ttl.String()) + harness.Namespace("shop", "enforce"))
+	docs := harness.Config(ttl.String()) + harness.Namespace("shop", "enforce")
 	for i, l := range f.languages {
 		l.uid = uint32(firstUID + i)
 		if l.exe, err = filepath.EvalSymlinks(l.argv[0]); err != nil {
 			t.Fatal(err)
 		}
-		fmt.Fprintf(&docs, `apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s, namespace: shop}
-spec: {serviceAccount: %[1]s, attest: {uid: %[2]d, path: %[3]q}}
----
-`, l.name, l.uid, l.exe)
+		docs += harness.Program("shop", l.name, int(l.uid), l.exe)
 	}
-	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs.String()}})
+	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs}})
 	return f
 }
 
@@ -186,8 +195,8 @@ type program struct {
 	in    io.WriteCloser
 	lines chan line // closed at the end of its output
 	done  chan struct{}
-	err   error   // after done
-	also  *stderr // what it writes for people
+	err   error          // after done
+	also  harness.Output // what it writes for people
 }
 
 // run starts a program as a user, the language's own for 0. It is ended with
@@ -196,17 +205,9 @@ func (f *fixture) run(t *testing.T, l *language, uid uint32, args ...string) *pr
 	t.Helper()
 	// Not the test's context, which ends before the program's input does.
 	ctx, cancel := context.WithTimeout(context.Background(), 80*time.Second)
-	argv := slices.Concat(l.argv, args)
-	c := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	c.Dir = "/"
-	c.Env = []string{
-		"PATH=/usr/bin:/bin", "LANG=C.UTF-8",
-		"SPIFFE_ENDPOINT_SOCKET=unix://" + filepath.Join(f.mesh.RunDir, "api", "agent.sock"),
-	}
-	uid = cmp.Or(uid, l.uid)
-	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-	p := &program{what: l.name + " " + args[0], lines: make(chan line, 256), done: make(chan struct{}), also: &stderr{}}
-	c.Stderr = p.also
+	c := command(ctx, f.mesh, cmp.Or(uid, l.uid), slices.Concat(l.argv, args)...)
+	p := &program{what: l.name + " " + args[0], lines: make(chan line, 256), done: make(chan struct{})}
+	c.Stderr = &p.also
 	in, err := c.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -263,11 +264,11 @@ func (p *program) next(t *testing.T) line {
 	case l, ok := <-p.lines:
 		if !ok {
 			<-p.done
-			t.Fatalf("%s ended: %v\n%s", p.what, p.err, p.also)
+			t.Fatalf("%s ended: %v\n%s", p.what, p.err, &p.also)
 		}
 		return l
 	case <-time.After(40 * time.Second):
-		t.Fatalf("%s says nothing\n%s", p.what, p.also)
+		t.Fatalf("%s says nothing\n%s", p.what, &p.also)
 	}
 	panic("not reached")
 }
@@ -276,25 +277,7 @@ func (p *program) next(t *testing.T) line {
 func (p *program) ask(t *testing.T, words ...string) line {
 	t.Helper()
 	if _, err := fmt.Fprintln(p.in, strings.Join(words, " ")); err != nil {
-		t.Fatalf("%s: %v\n%s", p.what, err, p.also)
+		t.Fatalf("%s: %v\n%s", p.what, err, &p.also)
 	}
 	return p.next(t)
-}
-
-// stderr is a program's; it is safe for concurrent use.
-type stderr struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (s *stderr) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.buf.Write(b)
-}
-
-func (s *stderr) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.buf.String()
 }

@@ -33,7 +33,7 @@ oldest() {
 }
 
 # wanted LANGUAGE TOOL: what has to be the same for the last build to be good.
-wanted() { { echo "$2"; sha256sum "$0"; find "$sources/$1" "$examples/$1" -type f -not -path '*/target/*' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum; }
+wanted() { { echo "$2"; sha256sum "$0"; find "$sources/$1" "$examples/$1" -type f -not -path '*/target/*' -not -path '*/venv/*' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum; }
 
 # progress WHAT: a line every 20 seconds until it is killed.
 progress() {
@@ -64,28 +64,45 @@ get() {
   echo "clients: $1 took $SECONDS s"
 }
 
+# example LANGUAGE: builds the example as its README says, word for word, in a copy
+# of its folder. It is the first block of commands there.
+example() {
+  local commands
+  commands=$(awk '/^```sh$/ { on = 1; next } /^```$/ { if (on) exit } on' "$examples/$1/README.md")
+  if [[ -z $commands ]]; then
+    echo "clients: $examples/$1/README.md has no block of commands" >&2
+    exit 1
+  fi
+  rm -rf "$dir/$1/example"
+  cp -r "$examples/$1" "$dir/$1/example"
+  rm -rf "$dir/$1/example/target" "$dir/$1/example/venv"
+  if ! (cd "$dir/$1/example" && PATH=$(dirname "$python"):$PATH bash -euo pipefail -c "$commands") >"$dir/$1/example.log" 2>&1; then
+    sed 's/\x1b\[[0-9;]*m//g' "$dir/$1/example.log" >&2
+    exit 1
+  fi
+}
+
 install_python() {
   rm -rf "$dir/python/venv"
   "$python" -m venv "$dir/python/venv"
   "$dir/python/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
     -r "$sources/python/requirements.txt"
+  example python
 }
 
 install_rust() {
   cargo build --quiet --locked --manifest-path "$sources/rust/Cargo.toml" --target-dir "$dir/rust/target"
   # The example has its libraries built the same way, and most of them once.
-  cargo build --quiet --locked --manifest-path "$examples/rust/Cargo.toml" --target-dir "$dir/rust/target"
+  CARGO_TARGET_DIR=$dir/rust/target example rust
   # Not a link: the path of a program attests it.
   install -m 0755 "$dir/rust/target/debug/signet-test-client" "$dir/rust/client"
-  install -m 0755 "$dir/rust/target/debug/signet-spiffe-example" "$dir/rust/example"
+  install -D -m 0755 "$dir/rust/target/debug/signet-spiffe-example" "$dir/rust/example/target/debug/signet-spiffe-example"
   rm -rf "$dir/rust/target" # half a gigabyte, and the sources change seldom
 }
 
 install_java() {
-  {
-    mvn --quiet --batch-mode --no-transfer-progress -f "$sources/java/pom.xml" "-Dout=$dir/java" package
-    mvn --quiet --batch-mode --no-transfer-progress -f "$examples/java/pom.xml" "-Dout=$dir/java/example" package
-  } 2>&1 | sed 's/\x1b\[[0-9;]*m//g'
+  mvn --quiet --batch-mode --no-transfer-progress -f "$sources/java/pom.xml" "-Dout=$dir/java" package 2>&1 | sed 's/\x1b\[[0-9;]*m//g'
+  example java
 }
 
 # first PROGRAM ARGS...: the first version number in what a program says.
