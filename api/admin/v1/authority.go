@@ -93,8 +93,8 @@ type NodeRoots struct {
 // the mesh's own, or one that it is federated with.
 type TrustBundle struct {
 	TrustDomain string `json:"trustDomain"`
-	// Document is a JWK set as SPIFFE Trust Domain and Bundle has it, and byte for
-	// byte what the bundle endpoint shows.
+	// Document is a JWK set as SPIFFE Trust Domain and Bundle has it. The mesh's own is
+	// byte for byte what its bundle endpoint shows.
 	Document json.RawMessage `json:"document"`
 }
 
