@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -80,7 +81,6 @@ type Authority struct {
 	now             func() time.Time
 	log             *slog.Logger
 	rootTTL         time.Duration
-	linter          *linter
 	issuance        *Log
 	leaves          *leaves
 	lock            *os.File
@@ -95,6 +95,8 @@ type Authority struct {
 	renewErr     error         // guarded by mu; how
 
 	renewals sync.WaitGroup
+
+	believed atomic.Pointer[believed] // the last chain that was verified whole; replaced whole
 
 	revoked revocations
 
@@ -198,9 +200,6 @@ func (a *Authority) open() error {
 	}
 	if err := a.openRevoked(); err != nil {
 		return fmt.Errorf("read the revocations in the issuance log: %w", err)
-	}
-	if a.linter, err = newLinter(a.td, a.now()); err != nil {
-		return err
 	}
 	if err := a.openIntermediate(); err != nil {
 		return err

@@ -1,9 +1,7 @@
 package ca
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -12,7 +10,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
 // ErrUsed is returned when a Prepared is issued a second time.
@@ -39,15 +36,9 @@ func (a *Authority) Issue(p *Prepared) (*Issued, error) {
 // earlier than asked for when the intermediate ends earlier, but by more than
 // half only when the root itself is about to end.
 func (a *Authority) IssueContext(ctx context.Context, p *Prepared) (*Issued, error) {
-	if p == nil || p.authority != a {
-		return nil, errors.New("ca: issue: the request was not prepared by this authority")
-	}
-	if !p.used.CompareAndSwap(false, true) {
-		return nil, ErrUsed
-	}
 	now := a.now()
-	if age := now.Sub(p.at); age > preparedFor || age < -preparedFor {
-		return nil, fmt.Errorf("ca: issue: the request was prepared %s ago; prepare it again", age)
+	if err := a.redeem(p, now); err != nil {
+		return nil, err
 	}
 	if a.leaves.certifies(p.req.ID) {
 		if root, above := a.below(); root != nil {
@@ -58,81 +49,157 @@ func (a *Authority) IssueContext(ctx context.Context, p *Prepared) (*Issued, err
 			return issued, nil
 		}
 	}
+	out := make([]Result, 1)
+	in, err := a.intend(p, now)
+	if err != nil {
+		return nil, err
+	}
+	in.result = &out[0]
+	a.issueHere([]*intended{in}, now)
+	return out[0].Issued, out[0].Err
+}
+
+// Result is what became of one of several requests.
+type Result struct {
+	Issued *Issued
+	Err    error
+}
+
+// IssueMany issues each of several requests as IssueContext does, and returns their
+// results in order. All intents are durable, by one write and one sync, before the
+// key is used for the first. What the authority above certifies is refused here with
+// ErrSingly: one that takes long would keep the others waiting.
+func (a *Authority) IssueMany(list []*Prepared) []Result {
+	now := a.now()
+	out := make([]Result, len(list))
+	var ready []*intended
+	for i, p := range list {
+		if out[i].Err = a.redeem(p, now); out[i].Err != nil {
+			continue
+		}
+		if a.Singly(p.req.ID) {
+			out[i].Err = ErrSingly
+			continue
+		}
+		in, err := a.intend(p, now)
+		if err != nil {
+			out[i].Err = err
+			continue
+		}
+		in.result = &out[i]
+		ready = append(ready, in)
+	}
+	a.issueHere(ready, now)
+	return out
+}
+
+// ErrSingly is returned for a request that has to be issued by itself.
+var ErrSingly = errors.New("ca: issue: the authority above certifies it; ask for it by itself")
+
+// Singly reports whether an identity is certified by the authority above, and so
+// cannot be issued with others.
+func (a *Authority) Singly(id spiffeid.ID) bool {
+	if !a.leaves.certifies(id) {
+		return false
+	}
+	root, _ := a.below()
+	return root != nil
+}
+
+// redeem lets a Prepared be issued once, soon, and here.
+func (a *Authority) redeem(p *Prepared, now time.Time) error {
+	if p == nil || p.authority != a {
+		return errors.New("ca: issue: the request was not prepared by this authority")
+	}
+	if !p.used.CompareAndSwap(false, true) {
+		return ErrUsed
+	}
+	if age := now.Sub(p.at); age > preparedFor || age < -preparedFor {
+		return fmt.Errorf("ca: issue: the request was prepared %s ago; prepare it again", age)
+	}
+	return nil
+}
+
+// intended is a certificate that is about to be recorded and signed.
+type intended struct {
+	p      *Prepared
+	tmpl   *x509.Certificate
+	trial  *trial
+	signer *pair
+	root   *x509.Certificate
+	result *Result
+}
+
+// intend settles who signs and until when, and has looked at exactly what will be
+// signed when it returns.
+func (a *Authority) intend(p *Prepared, now time.Time) (*intended, error) {
 	signer, root, err := a.signer(p, now)
 	if err != nil {
 		return nil, fmt.Errorf("ca: issue: %w", err)
 	}
 	tmpl := *p.tmpl
-	if end := signer.ends(root); tmpl.NotAfter.After(end) {
+	end := signer.ends(root)
+	if tmpl.NotAfter.After(end) {
 		tmpl.NotAfter = end
 	}
 	if !tmpl.NotAfter.After(now) {
-		return nil, fmt.Errorf("ca: issue: the authority's own certificate ends at %s, nothing can be issued; replace the root, or have the authority above issue again", stamp(signer.ends(root)))
+		return nil, fmt.Errorf("ca: issue: the authority's own certificate ends at %s, nothing can be issued; replace the root, or have the authority above issue again", stamp(end))
 	}
-
-	serial := formatSerial(tmpl.SerialNumber)
-	spki, err := x509.MarshalPKIXPublicKey(p.pub)
-	if err != nil {
-		return nil, fmt.Errorf("ca: issue: %w", err)
+	if now.Before(tmpl.NotBefore) {
+		return nil, errors.New("ca: issue: the clock was set back since the request was prepared; prepare it again")
 	}
-	keyHash := sha256.Sum256(spki)
-	if err := a.issuance.intent(line{
-		Time: now, Serial: serial, ID: p.req.ID.String(), Node: p.req.Node, Workload: p.req.Workload,
-		NotBefore: tmpl.NotBefore, NotAfter: tmpl.NotAfter,
-		Issuer: hex.EncodeToString(signer.cert.SubjectKeyId), KeySHA256: hex.EncodeToString(keyHash[:]),
-	}); err != nil {
-		return nil, fmt.Errorf("ca: issue: record the intent: %w", err)
+	in := &intended{p: p, tmpl: &tmpl, trial: p.trial, signer: signer, root: root}
+	if !p.trial.isOf(&tmpl, signer) {
+		if in.trial, err = p.try(&tmpl, signer, now); err != nil {
+			return nil, fmt.Errorf("ca: issue: %w", err)
+		}
 	}
-
-	cert, err := a.sign(&tmpl, p, signer, root, spki, now)
-	outcome := line{Time: a.now(), Serial: serial}
-	if err != nil {
-		outcome.Error = err.Error()
-	} else {
-		sum := sha256.Sum256(cert.Raw)
-		outcome.CertSHA256 = hex.EncodeToString(sum[:])
-	}
-	if logErr := a.issuance.outcome(outcome); logErr != nil {
-		return nil, fmt.Errorf("ca: issue: record the outcome: %w", errors.Join(logErr, err))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("ca: issue: %w", err)
-	}
-	return &Issued{
-		Chain:     append([][]byte{cert.Raw}, signer.raw()...),
-		Serial:    serial,
-		NotBefore: cert.NotBefore,
-		NotAfter:  cert.NotAfter,
-	}, nil
+	return in, nil
 }
 
-// sign makes the certificate and looks at it once more before it leaves.
-func (a *Authority) sign(tmpl *x509.Certificate, p *Prepared, signer *pair, root *x509.Certificate, spki []byte, now time.Time) (*x509.Certificate, error) {
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, signer.cert, p.pub, signer.key)
-	if err != nil {
-		return nil, fmt.Errorf("sign: %w", err)
+// issueHere records all intents, signs, records all outcomes, and sets the results.
+func (a *Authority) issueHere(list []*intended, now time.Time) {
+	if len(list) == 0 {
+		return
 	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, fmt.Errorf("parse what was signed: %w", err)
+	fail := func(what string, err error) {
+		for _, in := range list {
+			in.result.Issued, in.result.Err = nil, fmt.Errorf("ca: issue: %s: %w", what, errors.Join(err, in.result.Err))
+		}
 	}
-	if err := Lint(cert); err != nil {
-		return nil, err
+	intents := make([]line, len(list))
+	for i, in := range list {
+		keyHash := sha256.Sum256(in.p.spki)
+		intents[i] = line{
+			Time: now, Serial: formatSerial(in.tmpl.SerialNumber), ID: in.p.req.ID.String(), Node: in.p.req.Node, Workload: in.p.req.Workload,
+			NotBefore: in.tmpl.NotBefore, NotAfter: in.tmpl.NotAfter,
+			Issuer: hex.EncodeToString(in.signer.cert.SubjectKeyId), KeySHA256: hex.EncodeToString(keyHash[:]),
+		}
 	}
-	id, _, err := x509svid.Verify(append([]*x509.Certificate{cert}, signer.chain()...), a.bundleOf(root), x509svid.WithTime(now))
-	if err != nil {
-		return nil, err
+	if err := a.issuance.intent(intents...); err != nil {
+		fail("record the intent", err)
+		return
 	}
-	if id != p.req.ID || id.TrustDomain() != a.td || !bytes.Equal(cert.RawSubjectPublicKeyInfo, spki) {
-		return nil, fmt.Errorf("what was signed is not what was prepared for %q", p.req.ID)
+	outcomes := make([]line, len(list))
+	for i, in := range list {
+		outcomes[i].Serial = intents[i].Serial
+		der, err := a.sign(in, now)
+		outcomes[i].Time = a.now()
+		if err != nil {
+			outcomes[i].Error = err.Error()
+			in.result.Err = fmt.Errorf("ca: issue: %w", err)
+			continue
+		}
+		sum := sha256.Sum256(der)
+		outcomes[i].CertSHA256 = hex.EncodeToString(sum[:])
+		in.result.Issued = &Issued{
+			Chain: append([][]byte{der}, in.signer.raw()...), Serial: intents[i].Serial,
+			NotBefore: in.trial.cert.NotBefore, NotAfter: in.trial.cert.NotAfter,
+		}
 	}
-	return cert, nil
-}
-
-// believed reports whether peers that trust a root believe a chain.
-func (a *Authority) believed(chain []*x509.Certificate, root *x509.Certificate, now time.Time) error {
-	_, _, err := x509svid.Verify(chain, a.bundleOf(root), x509svid.WithTime(now))
-	return err
+	if err := a.issuance.outcome(outcomes...); err != nil {
+		fail("record the outcome", err)
+	}
 }
 
 // signer returns the intermediate to sign p with, and its root, after renewing the
@@ -164,14 +231,4 @@ func (a *Authority) signer(p *Prepared, now time.Time) (intermediate *pair, root
 		}
 	}
 	return a.intermediate, a.roots.signs.cert, nil
-}
-
-// bundleOf is the source that holds one root of the authority's only.
-func (a *Authority) bundleOf(root *x509.Certificate) bundleFunc {
-	return func(td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
-		if td != a.td {
-			return nil, fmt.Errorf("no bundle for trust domain %q", td)
-		}
-		return []*x509.Certificate{root}, nil
-	}
 }

@@ -251,24 +251,6 @@ func TestUnsyncedIsNotSigned(t *testing.T) {
 	}
 }
 
-// Prepare looks at the result of signing, with a key that nobody trusts: when
-// that result does not stand, the request is refused.
-func TestPrepareLints(t *testing.T) {
-	a := openTest(t, t.TempDir(), nil)
-	other, err := newLinter(spiffeid.RequireTrustDomainFromString("other.example"), a.now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := prepare(t, a, 0)
-	p.tmpl.DNSNames = []string{"web.shop"}
-	if err := a.linter.check(p.tmpl, p.pub, corpusID, a.now()); err == nil {
-		t.Error("a template with a DNS name stands")
-	}
-	a.linter = other
-	_, err = a.Prepare(Request{ID: corpusID, CSR: newCSR(t)})
-	wantError(t, err, "x509svid")
-}
-
 // A clock that is set back while the authority serves does not stop it, as
 // long as its certificates are valid then.
 func TestClockSetBack(t *testing.T) {
@@ -372,7 +354,7 @@ func TestIssueParallel(t *testing.T) {
 func TestSerialForms(t *testing.T) {
 	a := openTest(t, t.TempDir(), nil)
 	p := prepare(t, a, 0)
-	p.tmpl.SerialNumber = big.NewInt(0x0abc)
+	p.tmpl.SerialNumber, p.trial = big.NewInt(0x0abc), nil
 	issued, err := a.Issue(p)
 	if err != nil {
 		t.Fatal(err)

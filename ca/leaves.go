@@ -156,11 +156,7 @@ func (a *Authority) issueLeaf(ctx context.Context, p *Prepared, root *x509.Certi
 	if ttl < MinTTL {
 		return nil, &UpstreamError{UpstreamFailed, "the authority above ends within a minute; replace its certificate"}
 	}
-	spki, err := x509.MarshalPKIXPublicKey(p.pub)
-	if err != nil {
-		return nil, err
-	}
-	keyHash := sha256.Sum256(spki)
+	keyHash := sha256.Sum256(p.spki)
 	number := sha256.Sum256(fmt.Appendf(nil, "%x %s", keyHash, p.req.ID))
 	intent := line{
 		Time: now, Kind: KindRequest, Serial: hex.EncodeToString(number[:16]), ID: p.req.ID.String(), Node: p.req.Node, Workload: p.req.Workload,
@@ -175,7 +171,7 @@ func (a *Authority) issueLeaf(ctx context.Context, p *Prepared, root *x509.Certi
 	}})
 	var chain []*x509.Certificate
 	if err == nil {
-		chain, err = a.judgeLeaf(ctx, p, answer, root, spki, ttl)
+		chain, err = a.judgeLeaf(ctx, p, answer, root, ttl)
 	}
 	if err != nil {
 		no := asUpstreamError(err)
@@ -202,7 +198,7 @@ func (a *Authority) issueLeaf(ctx context.Context, p *Prepared, root *x509.Certi
 // judgeLeaf returns the chain of an answer, without its root, if it is what this
 // authority would have signed, but for the serial number and the instants, and if
 // all peers believe it.
-func (a *Authority) judgeLeaf(ctx context.Context, p *Prepared, answer *UpstreamAnswer, root *x509.Certificate, spki []byte, ttl time.Duration) ([]*x509.Certificate, error) {
+func (a *Authority) judgeLeaf(ctx context.Context, p *Prepared, answer *UpstreamAnswer, root *x509.Certificate, ttl time.Duration) ([]*x509.Certificate, error) {
 	unusable := func(err error) error {
 		return &UpstreamError{UpstreamUnusable, fmt.Sprintf("the certificate that came for %s is refused: %v", p.req.ID, err)}
 	}
@@ -216,7 +212,7 @@ func (a *Authority) judgeLeaf(ctx context.Context, p *Prepared, answer *Upstream
 	if err := lintAbove(leaf); err != nil {
 		return nil, unusable(err)
 	}
-	if !bytes.Equal(leaf.RawSubjectPublicKeyInfo, spki) {
+	if !bytes.Equal(leaf.RawSubjectPublicKeyInfo, p.spki) {
 		return nil, unusable(errors.New("it is for another key"))
 	}
 	if got := leaf.URIs[0].String(); got != p.req.ID.String() {
@@ -275,5 +271,5 @@ func (a *Authority) leafChain(answer *UpstreamAnswer, leaf, root *x509.Certifica
 			return nil, fmt.Errorf("%.256q stands above it: %w", c.Subject, err)
 		}
 	}
-	return chain, a.believed(chain, root, now)
+	return chain, a.verify(chain, root, now)
 }

@@ -2,10 +2,6 @@ package ca
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
@@ -16,8 +12,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
@@ -131,56 +125,4 @@ func lint(c *x509.Certificate, keyID bool) error {
 		return fmt.Errorf("lifetime %s; want more than 0 and at most %s", life, MaxTTL+backdate)
 	}
 	return checkPublicKey(c.PublicKey)
-}
-
-// linter signs templates with a key that nobody trusts, so that what would be
-// signed can be looked at before a trusted key is touched.
-type linter struct {
-	issuer *pair
-	bundle *x509bundle.Bundle
-}
-
-func newLinter(td spiffeid.TrustDomain, now time.Time) (*linter, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	tmpl, err := caTemplate(td, "signet lint, trusted by nobody", now, now.Add(DefaultRootTTL))
-	if err != nil {
-		return nil, err
-	}
-	tmpl.NotBefore = now.Add(-DefaultRootTTL) // the clock may be set back while it serves
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		return nil, err
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, err
-	}
-	return &linter{&pair{cert: cert, key: key}, x509bundle.FromX509Authorities(td, []*x509.Certificate{cert})}, nil
-}
-
-// check signs tmpl with the throwaway key and reads the result with Lint and
-// with go-spiffe's own verification, at the given instant.
-func (l *linter) check(tmpl *x509.Certificate, pub crypto.PublicKey, id spiffeid.ID, now time.Time) error {
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, l.issuer.cert, pub, l.issuer.key)
-	if err != nil {
-		return fmt.Errorf("sign with the throwaway key: %w", err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return fmt.Errorf("parse what would be signed: %w", err)
-	}
-	if err := Lint(cert); err != nil {
-		return err
-	}
-	got, _, err := x509svid.Verify([]*x509.Certificate{cert}, l.bundle, x509svid.WithTime(now))
-	if err != nil {
-		return err
-	}
-	if got != id {
-		return fmt.Errorf("certificate names %q instead of %q", got, id)
-	}
-	return nil
 }

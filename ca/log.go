@@ -170,31 +170,40 @@ func cutTornLine(f *os.File, log *slog.Logger) error {
 	return f.Sync()
 }
 
-// intent appends an intent and returns when it is durable.
-func (l *Log) intent(e line) error {
-	e.Event = "intent"
-	n, err := l.append(e)
+// intent appends intents and returns when all of them are durable.
+func (l *Log) intent(list ...line) error {
+	for i := range list {
+		list[i].Event = "intent"
+	}
+	n, err := l.append(list...)
 	if err != nil {
 		return err
 	}
 	return l.sync(n)
 }
 
-// outcome appends an outcome. It becomes durable with the next intent; a crash
-// before that leaves the outcome unknown, never wrong.
-func (l *Log) outcome(e line) error {
-	e.Event = string(OutcomeIssued)
-	if e.Error != "" {
-		e.Event = string(OutcomeFailed)
+// outcome appends outcomes. They become durable with the next intent; a crash
+// before that leaves them unknown, never wrong.
+func (l *Log) outcome(list ...line) error {
+	for i := range list {
+		list[i].Event = string(OutcomeIssued)
+		if list[i].Error != "" {
+			list[i].Event = string(OutcomeFailed)
+		}
 	}
-	_, err := l.append(e)
+	_, err := l.append(list...)
 	return err
 }
 
-func (l *Log) append(e line) (uint64, error) {
-	data, err := json.Marshal(e)
-	if err != nil {
-		return 0, err
+// append writes lines, all at once.
+func (l *Log) append(list ...line) (uint64, error) {
+	var data []byte
+	for i := range list {
+		one, err := json.Marshal(&list[i])
+		if err != nil {
+			return 0, err
+		}
+		data = append(append(data, one...), '\n')
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -204,11 +213,11 @@ func (l *Log) append(e line) (uint64, error) {
 	case l.f == nil:
 		return 0, errClosed
 	}
-	if _, err := l.f.Write(append(data, '\n')); err != nil {
+	if _, err := l.f.Write(data); err != nil {
 		l.err = fmt.Errorf("issuance log can no longer be written, restart the control plane: %w", err)
 		return 0, l.err
 	}
-	l.written++
+	l.written += uint64(len(list))
 	return l.written, nil
 }
 

@@ -51,7 +51,9 @@ type Prepared struct {
 	authority *Authority
 	req       Request
 	tmpl      *x509.Certificate
+	trial     *trial // of tmpl, by who signed when it was prepared
 	pub       crypto.PublicKey
+	spki      []byte // pub, PKIX in DER
 	at        time.Time
 	used      atomic.Bool
 }
@@ -92,10 +94,17 @@ func (a *Authority) Prepare(req Request) (*Prepared, error) {
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		BasicConstraintsValid: true,
 	}
-	if err := a.linter.check(tmpl, pub, req.ID, now); err != nil {
+	p := &Prepared{authority: a, req: req, tmpl: tmpl, pub: pub, at: now}
+	if p.spki, err = x509.MarshalPKIXPublicKey(pub); err != nil {
 		return nil, fmt.Errorf("ca: prepare: %w", err)
 	}
-	return &Prepared{authority: a, req: req, tmpl: tmpl, pub: pub, at: now}, nil
+	a.mu.Lock()
+	signer := a.intermediate
+	a.mu.Unlock()
+	if p.trial, err = p.try(tmpl, signer, now); err != nil {
+		return nil, fmt.Errorf("ca: prepare: %w", err)
+	}
+	return p, nil
 }
 
 func checkTTL(ttl time.Duration) error {
