@@ -18,7 +18,6 @@ import (
 
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
-	"github.com/signet-mesh/signet/internal/x509check"
 )
 
 type (
@@ -183,9 +182,9 @@ type nodeStream struct {
 // Context implements grpc.ServerStream.
 func (s *nodeStream) Context() context.Context { return s.ctx }
 
-// authenticate returns the calling node. It verifies the certificate anew at
+// authenticate returns the calling node. It looks at the certificate anew at
 // every call, whatever the TLS layer did: connections outlive certificates
-// and roots.
+// and roots. Only the signatures below the same roots are not verified again.
 func (s *Server) authenticate(ctx context.Context, call string) (string, *caller, error) {
 	c, err := s.caller(ctx, call)
 	if err != nil {
@@ -221,7 +220,7 @@ func (s *Server) caller(ctx context.Context, call string) (*caller, error) {
 	if len(certs) == 0 {
 		return nil, s.refuse(ctx, call, "", ReasonCertificate, "no client certificate; only Join may be called without one, connect with the node's certificate")
 	}
-	id, root, err := x509check.VerifyRoot(certs, s.authority, s.now())
+	id, root, err := s.proofs.verify(certs, s.authority.TrustDomain(), s.authority.Bundle(), s.now())
 	if err != nil {
 		return nil, s.refuse(ctx, call, "", ReasonCertificate, "client certificate: %v", err)
 	}

@@ -83,6 +83,7 @@ type Server struct {
 	log        *slog.Logger
 	now        func() time.Time
 	cert       *ca.ServerCertificate
+	proofs     proofs
 
 	mu    sync.Mutex
 	nodes map[string]*node // guarded by mu; by name, nodes that have proven it

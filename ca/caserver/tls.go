@@ -29,7 +29,7 @@ func (s *Server) TLSConfig() *tls.Config {
 			if len(state.PeerCertificates) == 0 {
 				return nil
 			}
-			_, err := x509check.Verify(state.PeerCertificates, s.authority, s.now())
+			_, _, err := s.proofs.verify(state.PeerCertificates, s.authority.TrustDomain(), s.authority.Bundle(), s.now())
 			if err != nil {
 				if leaf := state.PeerCertificates[0]; s.now().Before(leaf.NotBefore) {
 					err = fmt.Errorf("%w; this machine's clock is behind, or was ahead when it issued the certificate: set it right", err)
