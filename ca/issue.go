@@ -8,8 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // ErrUsed is returned when a Prepared is issued a second time.
@@ -77,7 +75,7 @@ func (a *Authority) IssueMany(list []*Prepared) []Result {
 		if out[i].Err = a.redeem(p, now); out[i].Err != nil {
 			continue
 		}
-		if a.Singly(p.req.ID) {
+		if a.leaves.certifies(p.req.ID) && a.LeavesAbove() {
 			out[i].Err = ErrSingly
 			continue
 		}
@@ -96,10 +94,10 @@ func (a *Authority) IssueMany(list []*Prepared) []Result {
 // ErrSingly is returned for a request that has to be issued by itself.
 var ErrSingly = errors.New("ca: issue: the authority above certifies it; ask for it by itself")
 
-// Singly reports whether an identity is certified by the authority above, and so
-// cannot be issued with others.
-func (a *Authority) Singly(id spiffeid.ID) bool {
-	if !a.leaves.certifies(id) {
+// LeavesAbove reports whether the authority above certifies workloads now, so that
+// they cannot be issued with others.
+func (a *Authority) LeavesAbove() bool {
+	if a.leaves.signer == nil {
 		return false
 	}
 	root, _ := a.below()

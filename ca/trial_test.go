@@ -349,16 +349,16 @@ func TestManySingly(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := w.IssueMany([]*Prepared{p, q})
-	if !errors.Is(got[0].Err, ErrSingly) || got[0].Issued != nil || !w.Singly(corpusID) {
+	if !errors.Is(got[0].Err, ErrSingly) || got[0].Issued != nil || !w.LeavesAbove() {
 		t.Errorf("a workload's: %+v", got[0])
 	}
-	if got[1].Err != nil || got[1].Issued == nil || w.Singly(node) {
+	if got[1].Err != nil || got[1].Issued == nil {
 		t.Errorf("a node's: %+v", got[1])
 	}
 	if len(w.issuer.asked) != 0 {
 		t.Error("the authority above was asked")
 	}
-	if a := openTest(t, t.TempDir(), nil); a.Singly(corpusID) {
+	if a := openTest(t, t.TempDir(), nil); a.LeavesAbove() {
 		t.Error("nobody is above, and each is to be issued by itself")
 	}
 }

@@ -151,6 +151,9 @@ func TestAboveSaysNo(t *testing.T) {
 		_, err = w.asNode("one").Issue(t.Context(), &nodev1.IssueRequest{Workload: workload, Csr: csr})
 		return err
 	}
+	// One that waits would keep the others of a batch waiting.
+	_, err = w.asNode("one").IssueMany(t.Context(), &nodev1.IssueManyRequest{Requests: []*nodev1.IssueRequest{{Workload: "shop/web-1"}}})
+	wantCode(t, err, codes.Unimplemented, "by Issue")
 	u.no = &ca.UpstreamError{Reason: ca.UpstreamPending, Message: "waits for approval"}
 	wantCode(t, ask("shop/web-1", webID.URL()), codes.Unavailable, "waits for approval")
 	if len(refusals) != 0 {

@@ -28,6 +28,7 @@ func tryAll(ctx context.Context, c nodev1.NodeClient, csr []byte) map[string]err
 	out := make(map[string]error)
 	_, out["Renew"] = c.Renew(ctx, &nodev1.RenewRequest{Csr: csr})
 	_, out["Issue"] = c.Issue(ctx, &nodev1.IssueRequest{Workload: "shop/web-1", Csr: csr})
+	_, out["IssueMany"] = c.IssueMany(ctx, &nodev1.IssueManyRequest{Requests: []*nodev1.IssueRequest{{Workload: "shop/web-1", Csr: csr}}})
 	_, out["IssueJWT"] = c.IssueJWT(ctx, &nodev1.IssueJWTRequest{Workload: "shop/web-1", Audience: []string{"x"}})
 	stream, err := c.Watch(ctx, &nodev1.WatchRequest{})
 	if err == nil {

@@ -183,51 +183,6 @@ func (s *Server) issueNode(ctx context.Context, call, name string, csr []byte) (
 	return &nodev1.NodeSVID{Chain: chain, Bundle: rawCerts(s.authority.Bundle())}, nil
 }
 
-// Issue signs a certificate for a workload that the newest view puts on the
-// calling node, in a namespace that takes part.
-func (s *Server) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.IssueResponse, error) {
-	name, ok := NodeFromContext(ctx)
-	if !ok {
-		return nil, s.refuse(ctx, "Issue", "", ReasonCertificate, "no node certificate")
-	}
-	if !s.node(name).limiter.AllowN(s.now(), 1) {
-		return nil, s.refuseRate(ctx, "Issue", name, req.GetWorkload())
-	}
-	w, view, err := s.onBehalf(ctx, "Issue", name, req)
-	if err != nil {
-		return nil, err
-	}
-	chain, err := s.issue(ctx, "Issue", ca.Request{ID: w.ID, CSR: req.GetCsr(), TTL: view.State.SVIDTTL, Node: name, Workload: w.Key()})
-	if err != nil {
-		return nil, err
-	}
-	return &nodev1.IssueResponse{Chain: chain}, nil
-}
-
-// issue prepares and signs, with errors as gRPC statuses: what the caller sent
-// is its own affair to read about, what failed here goes to the log.
-func (s *Server) issue(ctx context.Context, call string, req ca.Request) ([][]byte, error) {
-	p, err := s.authority.Prepare(req)
-	if err != nil {
-		return nil, s.refuseFor(ctx, call, req.Node, req.Workload, ReasonRequest, "%v", err)
-	}
-	issued, err := s.authority.IssueContext(ctx, p)
-	if no := (*ca.UpstreamError)(nil); errors.As(err, &no) {
-		if no.Final() {
-			return nil, s.refuseFor(ctx, call, req.Node, req.Workload, ReasonAbove, "%s", no.Message)
-		}
-		s.log.WarnContext(ctx, "not issued yet", "call", call, "node", req.Node, "id", req.ID.String(), "reason", string(no.Reason), "message", no.Message)
-		return nil, status.Error(codes.Unavailable, no.Message)
-	}
-	if err != nil {
-		s.log.ErrorContext(ctx, "issuing failed", "call", call, "node", req.Node, "id", req.ID.String(), "err", err)
-		return nil, status.Error(codes.Unavailable, "the certificate could not be issued; see the control plane's log")
-	}
-	s.log.InfoContext(ctx, "issued", "call", call, "node", req.Node, "workload", req.Workload,
-		"id", req.ID.String(), "serial", issued.Serial, "not_after", issued.NotAfter)
-	return issued.Chain, nil
-}
-
 func (s *Server) refuseRate(ctx context.Context, call, name, workload string) error {
 	return s.refuseFor(ctx, call, name, workload, ReasonRate, "node %q makes more than %g of these calls a second; wait and try again", name, float64(s.rate))
 }

@@ -530,6 +530,155 @@ func (x *IssueResponse) GetChain() [][]byte {
 	return nil
 }
 
+type IssueManyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Requests      []*IssueRequest        `protobuf:"bytes,1,rep,name=requests,proto3" json:"requests,omitempty"` // 1 to 50
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueManyRequest) Reset() {
+	*x = IssueManyRequest{}
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueManyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueManyRequest) ProtoMessage() {}
+
+func (x *IssueManyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueManyRequest.ProtoReflect.Descriptor instead.
+func (*IssueManyRequest) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *IssueManyRequest) GetRequests() []*IssueRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+type IssueManyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*IssueResult         `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"` // one for each request, in their order
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueManyResponse) Reset() {
+	*x = IssueManyResponse{}
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueManyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueManyResponse) ProtoMessage() {}
+
+func (x *IssueManyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueManyResponse.ProtoReflect.Descriptor instead.
+func (*IssueManyResponse) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *IssueManyResponse) GetResults() []*IssueResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+// IssueResult is what Issue would have answered.
+type IssueResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Chain         [][]byte               `protobuf:"bytes,1,rep,name=chain,proto3" json:"chain,omitempty"`     // as in IssueResponse; empty if code is not 0
+	Code          uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`      // of gRPC; 0: issued
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"` // why it was not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueResult) Reset() {
+	*x = IssueResult{}
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueResult) ProtoMessage() {}
+
+func (x *IssueResult) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueResult.ProtoReflect.Descriptor instead.
+func (*IssueResult) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *IssueResult) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *IssueResult) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *IssueResult) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 type IssueJWTRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Workload      string                 `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"` // namespace/name of a workload on the calling node
@@ -541,7 +690,7 @@ type IssueJWTRequest struct {
 
 func (x *IssueJWTRequest) Reset() {
 	*x = IssueJWTRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -553,7 +702,7 @@ func (x *IssueJWTRequest) String() string {
 func (*IssueJWTRequest) ProtoMessage() {}
 
 func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[9]
+	mi := &file_api_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -566,7 +715,7 @@ func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTRequest.ProtoReflect.Descriptor instead.
 func (*IssueJWTRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *IssueJWTRequest) GetWorkload() string {
@@ -599,7 +748,7 @@ type IssueJWTResponse struct {
 
 func (x *IssueJWTResponse) Reset() {
 	*x = IssueJWTResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +760,7 @@ func (x *IssueJWTResponse) String() string {
 func (*IssueJWTResponse) ProtoMessage() {}
 
 func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[10]
+	mi := &file_api_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +773,7 @@ func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTResponse.ProtoReflect.Descriptor instead.
 func (*IssueJWTResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *IssueJWTResponse) GetToken() string {
@@ -645,7 +794,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -657,7 +806,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[11]
+	mi := &file_api_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -670,7 +819,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchRequest) GetRevision() string {
@@ -695,7 +844,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -707,7 +856,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[12]
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -720,7 +869,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReportRequest) GetRevision() string {
@@ -763,7 +912,7 @@ type Roots struct {
 
 func (x *Roots) Reset() {
 	*x = Roots{}
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -775,7 +924,7 @@ func (x *Roots) String() string {
 func (*Roots) ProtoMessage() {}
 
 func (x *Roots) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[13]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -788,7 +937,7 @@ func (x *Roots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Roots.ProtoReflect.Descriptor instead.
 func (*Roots) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Roots) GetTrusted() [][]byte {
@@ -828,7 +977,7 @@ type WorkloadReport struct {
 
 func (x *WorkloadReport) Reset() {
 	*x = WorkloadReport{}
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +989,7 @@ func (x *WorkloadReport) String() string {
 func (*WorkloadReport) ProtoMessage() {}
 
 func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[14]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +1002,7 @@ func (x *WorkloadReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadReport.ProtoReflect.Descriptor instead.
 func (*WorkloadReport) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WorkloadReport) GetWorkload() string {
@@ -892,7 +1041,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +1053,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +1066,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 // NodeState is all that a node's agent works with.
@@ -960,7 +1109,7 @@ type NodeState struct {
 
 func (x *NodeState) Reset() {
 	*x = NodeState{}
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1121,7 @@ func (x *NodeState) String() string {
 func (*NodeState) ProtoMessage() {}
 
 func (x *NodeState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1134,7 @@ func (x *NodeState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeState.ProtoReflect.Descriptor instead.
 func (*NodeState) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeState) GetRevision() string {
@@ -1111,7 +1260,7 @@ type ForeignBundle struct {
 
 func (x *ForeignBundle) Reset() {
 	*x = ForeignBundle{}
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1272,7 @@ func (x *ForeignBundle) String() string {
 func (*ForeignBundle) ProtoMessage() {}
 
 func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[17]
+	mi := &file_api_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1285,7 @@ func (x *ForeignBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignBundle.ProtoReflect.Descriptor instead.
 func (*ForeignBundle) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ForeignBundle) GetTrustDomain() string {
@@ -1173,7 +1322,7 @@ type Revoked struct {
 
 func (x *Revoked) Reset() {
 	*x = Revoked{}
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1185,7 +1334,7 @@ func (x *Revoked) String() string {
 func (*Revoked) ProtoMessage() {}
 
 func (x *Revoked) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[18]
+	mi := &file_api_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1198,7 +1347,7 @@ func (x *Revoked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoked.ProtoReflect.Descriptor instead.
 func (*Revoked) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Revoked) GetSerial() string {
@@ -1232,7 +1381,7 @@ type JWTKey struct {
 
 func (x *JWTKey) Reset() {
 	*x = JWTKey{}
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1244,7 +1393,7 @@ func (x *JWTKey) String() string {
 func (*JWTKey) ProtoMessage() {}
 
 func (x *JWTKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[19]
+	mi := &file_api_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1257,7 +1406,7 @@ func (x *JWTKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTKey.ProtoReflect.Descriptor instead.
 func (*JWTKey) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *JWTKey) GetKeyId() string {
@@ -1284,7 +1433,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1445,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[20]
+	mi := &file_api_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1458,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Quarantined) GetName() string {
@@ -1343,7 +1492,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1355,7 +1504,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[21]
+	mi := &file_api_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1368,7 +1517,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Workload) GetNamespace() string {
@@ -1448,7 +1597,7 @@ type Attest struct {
 
 func (x *Attest) Reset() {
 	*x = Attest{}
-	mi := &file_api_node_v1_node_proto_msgTypes[22]
+	mi := &file_api_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1460,7 +1609,7 @@ func (x *Attest) String() string {
 func (*Attest) ProtoMessage() {}
 
 func (x *Attest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[22]
+	mi := &file_api_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1473,7 +1622,7 @@ func (x *Attest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attest.ProtoReflect.Descriptor instead.
 func (*Attest) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Attest) GetUid() uint32 {
@@ -1529,7 +1678,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_api_node_v1_node_proto_msgTypes[23]
+	mi := &file_api_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1541,7 +1690,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[23]
+	mi := &file_api_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1554,7 +1703,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Capture) GetNetns() string {
@@ -1592,7 +1741,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_api_node_v1_node_proto_msgTypes[24]
+	mi := &file_api_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1604,7 +1753,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[24]
+	mi := &file_api_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1617,7 +1766,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_api_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Policy) GetNamespace() string {
@@ -1700,7 +1849,15 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\"%\n" +
 	"\rIssueResponse\x12\x14\n" +
-	"\x05chain\x18\x01 \x03(\fR\x05chain\"[\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\"L\n" +
+	"\x10IssueManyRequest\x128\n" +
+	"\brequests\x18\x01 \x03(\v2\x1c.signet.node.v1.IssueRequestR\brequests\"J\n" +
+	"\x11IssueManyResponse\x125\n" +
+	"\aresults\x18\x01 \x03(\v2\x1b.signet.node.v1.IssueResultR\aresults\"Q\n" +
+	"\vIssueResult\x12\x14\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\rR\x04code\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"[\n" +
 	"\x0fIssueJWTRequest\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x1a\n" +
@@ -1793,11 +1950,12 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x16target_service_account\x18\x03 \x01(\tR\x14targetServiceAccount\x12\x14\n" +
 	"\x05ports\x18\x04 \x03(\rR\x05ports\x12\x12\n" +
 	"\x04from\x18\x05 \x03(\tR\x04from\x12\x1c\n" +
-	"\tterminate\x18\x06 \x01(\bR\tterminate2\xa8\x03\n" +
+	"\tterminate\x18\x06 \x01(\bR\tterminate2\xfa\x03\n" +
 	"\x04Node\x12=\n" +
 	"\x04Join\x12\x1b.signet.node.v1.JoinRequest\x1a\x18.signet.node.v1.NodeSVID\x12?\n" +
 	"\x05Renew\x12\x1c.signet.node.v1.RenewRequest\x1a\x18.signet.node.v1.NodeSVID\x12D\n" +
-	"\x05Issue\x12\x1c.signet.node.v1.IssueRequest\x1a\x1d.signet.node.v1.IssueResponse\x12M\n" +
+	"\x05Issue\x12\x1c.signet.node.v1.IssueRequest\x1a\x1d.signet.node.v1.IssueResponse\x12P\n" +
+	"\tIssueMany\x12 .signet.node.v1.IssueManyRequest\x1a!.signet.node.v1.IssueManyResponse\x12M\n" +
 	"\bIssueJWT\x12\x1f.signet.node.v1.IssueJWTRequest\x1a .signet.node.v1.IssueJWTResponse\x12B\n" +
 	"\x05Watch\x12\x1c.signet.node.v1.WatchRequest\x1a\x19.signet.node.v1.NodeState0\x01\x12G\n" +
 	"\x06Report\x12\x1d.signet.node.v1.ReportRequest\x1a\x1e.signet.node.v1.ReportResponse2Q\n" +
@@ -1816,69 +1974,76 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_api_node_v1_node_proto_goTypes = []any{
-	(*NodesRequest)(nil),     // 0: signet.node.v1.NodesRequest
-	(*NodesResponse)(nil),    // 1: signet.node.v1.NodesResponse
-	(*NamespaceStep)(nil),    // 2: signet.node.v1.NamespaceStep
-	(*NodeReport)(nil),       // 3: signet.node.v1.NodeReport
-	(*JoinRequest)(nil),      // 4: signet.node.v1.JoinRequest
-	(*RenewRequest)(nil),     // 5: signet.node.v1.RenewRequest
-	(*NodeSVID)(nil),         // 6: signet.node.v1.NodeSVID
-	(*IssueRequest)(nil),     // 7: signet.node.v1.IssueRequest
-	(*IssueResponse)(nil),    // 8: signet.node.v1.IssueResponse
-	(*IssueJWTRequest)(nil),  // 9: signet.node.v1.IssueJWTRequest
-	(*IssueJWTResponse)(nil), // 10: signet.node.v1.IssueJWTResponse
-	(*WatchRequest)(nil),     // 11: signet.node.v1.WatchRequest
-	(*ReportRequest)(nil),    // 12: signet.node.v1.ReportRequest
-	(*Roots)(nil),            // 13: signet.node.v1.Roots
-	(*WorkloadReport)(nil),   // 14: signet.node.v1.WorkloadReport
-	(*ReportResponse)(nil),   // 15: signet.node.v1.ReportResponse
-	(*NodeState)(nil),        // 16: signet.node.v1.NodeState
-	(*ForeignBundle)(nil),    // 17: signet.node.v1.ForeignBundle
-	(*Revoked)(nil),          // 18: signet.node.v1.Revoked
-	(*JWTKey)(nil),           // 19: signet.node.v1.JWTKey
-	(*Quarantined)(nil),      // 20: signet.node.v1.Quarantined
-	(*Workload)(nil),         // 21: signet.node.v1.Workload
-	(*Attest)(nil),           // 22: signet.node.v1.Attest
-	(*Capture)(nil),          // 23: signet.node.v1.Capture
-	(*Policy)(nil),           // 24: signet.node.v1.Policy
+	(*NodesRequest)(nil),      // 0: signet.node.v1.NodesRequest
+	(*NodesResponse)(nil),     // 1: signet.node.v1.NodesResponse
+	(*NamespaceStep)(nil),     // 2: signet.node.v1.NamespaceStep
+	(*NodeReport)(nil),        // 3: signet.node.v1.NodeReport
+	(*JoinRequest)(nil),       // 4: signet.node.v1.JoinRequest
+	(*RenewRequest)(nil),      // 5: signet.node.v1.RenewRequest
+	(*NodeSVID)(nil),          // 6: signet.node.v1.NodeSVID
+	(*IssueRequest)(nil),      // 7: signet.node.v1.IssueRequest
+	(*IssueResponse)(nil),     // 8: signet.node.v1.IssueResponse
+	(*IssueManyRequest)(nil),  // 9: signet.node.v1.IssueManyRequest
+	(*IssueManyResponse)(nil), // 10: signet.node.v1.IssueManyResponse
+	(*IssueResult)(nil),       // 11: signet.node.v1.IssueResult
+	(*IssueJWTRequest)(nil),   // 12: signet.node.v1.IssueJWTRequest
+	(*IssueJWTResponse)(nil),  // 13: signet.node.v1.IssueJWTResponse
+	(*WatchRequest)(nil),      // 14: signet.node.v1.WatchRequest
+	(*ReportRequest)(nil),     // 15: signet.node.v1.ReportRequest
+	(*Roots)(nil),             // 16: signet.node.v1.Roots
+	(*WorkloadReport)(nil),    // 17: signet.node.v1.WorkloadReport
+	(*ReportResponse)(nil),    // 18: signet.node.v1.ReportResponse
+	(*NodeState)(nil),         // 19: signet.node.v1.NodeState
+	(*ForeignBundle)(nil),     // 20: signet.node.v1.ForeignBundle
+	(*Revoked)(nil),           // 21: signet.node.v1.Revoked
+	(*JWTKey)(nil),            // 22: signet.node.v1.JWTKey
+	(*Quarantined)(nil),       // 23: signet.node.v1.Quarantined
+	(*Workload)(nil),          // 24: signet.node.v1.Workload
+	(*Attest)(nil),            // 25: signet.node.v1.Attest
+	(*Capture)(nil),           // 26: signet.node.v1.Capture
+	(*Policy)(nil),            // 27: signet.node.v1.Policy
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: signet.node.v1.NodesResponse.nodes:type_name -> signet.node.v1.NodeReport
 	2,  // 1: signet.node.v1.NodesResponse.namespaces:type_name -> signet.node.v1.NamespaceStep
-	14, // 2: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
-	13, // 3: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
-	14, // 4: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
-	13, // 5: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
-	21, // 6: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
-	24, // 7: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
-	20, // 8: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
-	19, // 9: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
-	17, // 10: signet.node.v1.NodeState.foreign_bundles:type_name -> signet.node.v1.ForeignBundle
-	18, // 11: signet.node.v1.NodeState.revoked:type_name -> signet.node.v1.Revoked
-	19, // 12: signet.node.v1.ForeignBundle.jwt_keys:type_name -> signet.node.v1.JWTKey
-	22, // 13: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
-	23, // 14: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
-	4,  // 15: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
-	5,  // 16: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
-	7,  // 17: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
-	9,  // 18: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
-	11, // 19: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
-	12, // 20: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
-	0,  // 21: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
-	6,  // 22: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
-	6,  // 23: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
-	8,  // 24: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
-	10, // 25: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
-	16, // 26: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
-	15, // 27: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
-	1,  // 28: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
-	22, // [22:29] is the sub-list for method output_type
-	15, // [15:22] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	17, // 2: signet.node.v1.NodeReport.workloads:type_name -> signet.node.v1.WorkloadReport
+	16, // 3: signet.node.v1.NodeReport.roots:type_name -> signet.node.v1.Roots
+	7,  // 4: signet.node.v1.IssueManyRequest.requests:type_name -> signet.node.v1.IssueRequest
+	11, // 5: signet.node.v1.IssueManyResponse.results:type_name -> signet.node.v1.IssueResult
+	17, // 6: signet.node.v1.ReportRequest.workloads:type_name -> signet.node.v1.WorkloadReport
+	16, // 7: signet.node.v1.ReportRequest.roots:type_name -> signet.node.v1.Roots
+	24, // 8: signet.node.v1.NodeState.workloads:type_name -> signet.node.v1.Workload
+	27, // 9: signet.node.v1.NodeState.policies:type_name -> signet.node.v1.Policy
+	23, // 10: signet.node.v1.NodeState.quarantined:type_name -> signet.node.v1.Quarantined
+	22, // 11: signet.node.v1.NodeState.jwt_keys:type_name -> signet.node.v1.JWTKey
+	20, // 12: signet.node.v1.NodeState.foreign_bundles:type_name -> signet.node.v1.ForeignBundle
+	21, // 13: signet.node.v1.NodeState.revoked:type_name -> signet.node.v1.Revoked
+	22, // 14: signet.node.v1.ForeignBundle.jwt_keys:type_name -> signet.node.v1.JWTKey
+	25, // 15: signet.node.v1.Workload.attest:type_name -> signet.node.v1.Attest
+	26, // 16: signet.node.v1.Workload.capture:type_name -> signet.node.v1.Capture
+	4,  // 17: signet.node.v1.Node.Join:input_type -> signet.node.v1.JoinRequest
+	5,  // 18: signet.node.v1.Node.Renew:input_type -> signet.node.v1.RenewRequest
+	7,  // 19: signet.node.v1.Node.Issue:input_type -> signet.node.v1.IssueRequest
+	9,  // 20: signet.node.v1.Node.IssueMany:input_type -> signet.node.v1.IssueManyRequest
+	12, // 21: signet.node.v1.Node.IssueJWT:input_type -> signet.node.v1.IssueJWTRequest
+	14, // 22: signet.node.v1.Node.Watch:input_type -> signet.node.v1.WatchRequest
+	15, // 23: signet.node.v1.Node.Report:input_type -> signet.node.v1.ReportRequest
+	0,  // 24: signet.node.v1.Replica.Nodes:input_type -> signet.node.v1.NodesRequest
+	6,  // 25: signet.node.v1.Node.Join:output_type -> signet.node.v1.NodeSVID
+	6,  // 26: signet.node.v1.Node.Renew:output_type -> signet.node.v1.NodeSVID
+	8,  // 27: signet.node.v1.Node.Issue:output_type -> signet.node.v1.IssueResponse
+	10, // 28: signet.node.v1.Node.IssueMany:output_type -> signet.node.v1.IssueManyResponse
+	13, // 29: signet.node.v1.Node.IssueJWT:output_type -> signet.node.v1.IssueJWTResponse
+	19, // 30: signet.node.v1.Node.Watch:output_type -> signet.node.v1.NodeState
+	18, // 31: signet.node.v1.Node.Report:output_type -> signet.node.v1.ReportResponse
+	1,  // 32: signet.node.v1.Replica.Nodes:output_type -> signet.node.v1.NodesResponse
+	25, // [25:33] is the sub-list for method output_type
+	17, // [17:25] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1886,14 +2051,14 @@ func file_api_node_v1_node_proto_init() {
 	if File_api_node_v1_node_proto != nil {
 		return
 	}
-	file_api_node_v1_node_proto_msgTypes[22].OneofWrappers = []any{}
+	file_api_node_v1_node_proto_msgTypes[25].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -26,12 +26,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Node_Join_FullMethodName     = "/signet.node.v1.Node/Join"
-	Node_Renew_FullMethodName    = "/signet.node.v1.Node/Renew"
-	Node_Issue_FullMethodName    = "/signet.node.v1.Node/Issue"
-	Node_IssueJWT_FullMethodName = "/signet.node.v1.Node/IssueJWT"
-	Node_Watch_FullMethodName    = "/signet.node.v1.Node/Watch"
-	Node_Report_FullMethodName   = "/signet.node.v1.Node/Report"
+	Node_Join_FullMethodName      = "/signet.node.v1.Node/Join"
+	Node_Renew_FullMethodName     = "/signet.node.v1.Node/Renew"
+	Node_Issue_FullMethodName     = "/signet.node.v1.Node/Issue"
+	Node_IssueMany_FullMethodName = "/signet.node.v1.Node/IssueMany"
+	Node_IssueJWT_FullMethodName  = "/signet.node.v1.Node/IssueJWT"
+	Node_Watch_FullMethodName     = "/signet.node.v1.Node/Watch"
+	Node_Report_FullMethodName    = "/signet.node.v1.Node/Report"
 )
 
 // NodeClient is the client API for Node service.
@@ -45,6 +46,10 @@ type NodeClient interface {
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*NodeSVID, error)
 	// Issue signs an SVID for a workload that is on the calling node.
 	Issue(ctx context.Context, in *IssueRequest, opts ...grpc.CallOption) (*IssueResponse, error)
+	// IssueMany signs SVIDs for several workloads of the calling node, each as Issue
+	// does and refused as Issue refuses it. Unimplemented, as older control planes
+	// answer: they have to be asked for by Issue.
+	IssueMany(ctx context.Context, in *IssueManyRequest, opts ...grpc.CallOption) (*IssueManyResponse, error)
 	// IssueJWT signs a JWT-SVID for a workload that is on the calling node.
 	IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error)
 	// Watch streams the calling node's view. Every message is the full state.
@@ -85,6 +90,16 @@ func (c *nodeClient) Issue(ctx context.Context, in *IssueRequest, opts ...grpc.C
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(IssueResponse)
 	err := c.cc.Invoke(ctx, Node_Issue_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) IssueMany(ctx context.Context, in *IssueManyRequest, opts ...grpc.CallOption) (*IssueManyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssueManyResponse)
+	err := c.cc.Invoke(ctx, Node_IssueMany_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -141,6 +156,10 @@ type NodeServer interface {
 	Renew(context.Context, *RenewRequest) (*NodeSVID, error)
 	// Issue signs an SVID for a workload that is on the calling node.
 	Issue(context.Context, *IssueRequest) (*IssueResponse, error)
+	// IssueMany signs SVIDs for several workloads of the calling node, each as Issue
+	// does and refused as Issue refuses it. Unimplemented, as older control planes
+	// answer: they have to be asked for by Issue.
+	IssueMany(context.Context, *IssueManyRequest) (*IssueManyResponse, error)
 	// IssueJWT signs a JWT-SVID for a workload that is on the calling node.
 	IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error)
 	// Watch streams the calling node's view. Every message is the full state.
@@ -165,6 +184,9 @@ func (UnimplementedNodeServer) Renew(context.Context, *RenewRequest) (*NodeSVID,
 }
 func (UnimplementedNodeServer) Issue(context.Context, *IssueRequest) (*IssueResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Issue not implemented")
+}
+func (UnimplementedNodeServer) IssueMany(context.Context, *IssueManyRequest) (*IssueManyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueMany not implemented")
 }
 func (UnimplementedNodeServer) IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method IssueJWT not implemented")
@@ -250,6 +272,24 @@ func _Node_Issue_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_IssueMany_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueManyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).IssueMany(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_IssueMany_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).IssueMany(ctx, req.(*IssueManyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Node_IssueJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(IssueJWTRequest)
 	if err := dec(in); err != nil {
@@ -315,6 +355,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Issue",
 			Handler:    _Node_Issue_Handler,
+		},
+		{
+			MethodName: "IssueMany",
+			Handler:    _Node_IssueMany_Handler,
 		},
 		{
 			MethodName: "IssueJWT",
