@@ -263,7 +263,7 @@ func (a *agent) decode(line []byte) (audit.Event, bool, error) {
 	return e, ok, err
 }
 
-// issuer asks the control plane; it implements svid.Issuer and svid.JWTIssuer.
+// issuer asks the control plane; it implements svid.ManyIssuer and svid.JWTIssuer.
 type issuer struct{ *agent }
 
 func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byte, error) {
@@ -273,6 +273,25 @@ func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byt
 	resp, err := i.client.Issue(ctx, &nodev1.IssueRequest{Workload: workload, Csr: csr, Uid: i.uid(workload)})
 	i.refusedBy("Issue", workload, err)
 	return resp.GetChain(), err
+}
+
+func (i issuer) IssueMany(ctx context.Context, asks []svid.Ask) ([]svid.Answer, error) {
+	if i.client == nil {
+		return nil, fmt.Errorf("not connected to the control plane yet")
+	}
+	requests := make([]*nodev1.IssueRequest, len(asks))
+	for n, a := range asks {
+		requests[n] = &nodev1.IssueRequest{Workload: a.Workload, Csr: a.CSR, Uid: i.uid(a.Workload)}
+	}
+	answers, err := svid.AskMany(ctx, i.client, requests)
+	for n, a := range asks {
+		if err != nil {
+			i.refusedBy("Issue", a.Workload, err)
+		} else if n < len(answers) {
+			i.refusedBy("Issue", a.Workload, answers[n].Err)
+		}
+	}
+	return answers, err
 }
 
 func (i issuer) IssueJWT(ctx context.Context, workload string, audience []string) (string, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/agent/refusal"
+	"github.com/signet-mesh/signet/agent/svid"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
@@ -27,6 +29,21 @@ type refusing struct {
 
 func (r refusing) Issue(context.Context, *nodev1.IssueRequest, ...grpc.CallOption) (*nodev1.IssueResponse, error) {
 	return nil, r.err
+}
+
+func (r refusing) IssueMany(_ context.Context, req *nodev1.IssueManyRequest, _ ...grpc.CallOption) (*nodev1.IssueManyResponse, error) {
+	if code := status.Code(r.err); code == codes.Unimplemented || code == codes.Unauthenticated {
+		return nil, r.err
+	}
+	out := new(nodev1.IssueManyResponse)
+	for _, one := range req.GetRequests() {
+		result := &nodev1.IssueResult{Chain: [][]byte{one.GetCsr()}}
+		if one.GetWorkload() != "shop/good" {
+			result = &nodev1.IssueResult{Code: uint32(status.Code(r.err)), Message: status.Convert(r.err).Message()}
+		}
+		out.Results = append(out.Results, result)
+	}
+	return out, nil
 }
 
 func (r refusing) IssueJWT(context.Context, *nodev1.IssueJWTRequest, ...grpc.CallOption) (*nodev1.IssueJWTResponse, error) {
@@ -148,6 +165,49 @@ func TestRefusedByControlPlane(t *testing.T) {
 	}
 	if len(got) != 2 || got[`Issue PermissionDenied: workload "shop/web-1" is not on node "n1"`] != 3 || got["IssueJWT ResourceExhausted: too many"] != 1 {
 		t.Errorf("%v", got)
+	}
+}
+
+// Defends: of a batch, what is refused to each workload is written down as if it had
+// been asked for by itself. An older control plane, which knows no batch, refuses
+// nothing by that.
+func TestRefusedOfMany(t *testing.T) {
+	a, records := withRefusals(t)
+	a.state = &nodeState{workloads: []mesh.Workload{{Namespace: "shop", Name: "web-1", UID: "u1"}}}
+	asks := []svid.Ask{{Workload: "shop/web-1", CSR: []byte("a")}, {Workload: "shop/good", CSR: []byte("b")}, {Workload: "shop/web-2", CSR: []byte("c")}}
+	if _, err := (issuer{a}).IssueMany(t.Context(), asks); err == nil {
+		t.Error("asked nobody")
+	}
+	a.client = refusing{err: status.Error(codes.Unimplemented, "unknown method IssueMany")}
+	if _, err := (issuer{a}).IssueMany(t.Context(), asks); !errors.Is(err, svid.ErrSingly) {
+		t.Errorf("an older control plane: %v", err)
+	}
+	a.client = refusing{err: status.Error(codes.PermissionDenied, "not here")}
+	answers, err := issuer{a}.IssueMany(t.Context(), asks)
+	if err != nil || len(answers) != 3 || status.Code(answers[0].Err) != codes.PermissionDenied || answers[0].Chain != nil ||
+		answers[1].Err != nil || string(answers[1].Chain[0]) != "b" || status.Code(answers[2].Err) != codes.PermissionDenied {
+		t.Errorf("%+v, %v", answers, err)
+	}
+	told := func(records func() []audit.Record) map[string]uint64 {
+		time.Sleep(10 * time.Millisecond)
+		out := map[string]uint64{}
+		for _, r := range records() {
+			out[r.Source.Workload+" "+r.Refusal.Call+" "+r.Reason] += r.Refusal.Count
+		}
+		return out
+	}
+	if got, want := told(records), (map[string]uint64{"shop/web-1 Issue PermissionDenied: not here": 1, "shop/web-2 Issue PermissionDenied: not here": 1}); !maps.Equal(got, want) {
+		t.Errorf("%v; want %v", got, want)
+	}
+	b, records := withRefusals(t)
+	b.client = refusing{err: status.Error(codes.Unauthenticated, "revoked")}
+	if _, err := (issuer{b}).IssueMany(t.Context(), asks); status.Code(err) != codes.Unauthenticated {
+		t.Error(err)
+	}
+	if got, want := told(records), (map[string]uint64{
+		"shop/web-1 Issue Unauthenticated: revoked": 1, "shop/good Issue Unauthenticated: revoked": 1, "shop/web-2 Issue Unauthenticated: revoked": 1,
+	}); !maps.Equal(got, want) {
+		t.Errorf("%v; want %v", got, want)
 	}
 }
 

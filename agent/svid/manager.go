@@ -30,11 +30,13 @@ type Issuer interface {
 	Issue(ctx context.Context, workload string, csr []byte) (chain [][]byte, err error)
 }
 
-// DefaultWorkers is how many certificates are asked for at the same time.
-const DefaultWorkers = 16
+// DefaultWorkers is how many certificates are asked for at the same time: while one
+// call is made, another is collected.
+const DefaultWorkers = 2 * collectMost
 
 // Config configures a Manager.
 type Config struct {
+	// Issuer is asked for several certificates at once if it is a ManyIssuer.
 	Issuer Issuer
 	// JWTIssuer issues tokens. Nil means that there are none.
 	JWTIssuer JWTIssuer
@@ -84,7 +86,8 @@ type State struct {
 // concurrent use.
 type Manager struct {
 	issuer    Issuer
-	jwtIssuer JWTIssuer // nil: no tokens
+	collector *collector // the issuer; nil: it is asked one by one
+	jwtIssuer JWTIssuer  // nil: no tokens
 	now       func() time.Time
 	jitter    func() float64
 	log       *slog.Logger
@@ -161,6 +164,10 @@ func New(c Config) *Manager {
 	}
 	if m.jitter == nil {
 		m.jitter = rand.Float64
+	}
+	if many, ok := c.Issuer.(ManyIssuer); ok {
+		m.collector = &collector{issuer: many, now: m.now}
+		m.issuer = m.collector
 	}
 	if c.Dir != "" {
 		m.cache = openCache(c.Dir, c.Log)

@@ -27,7 +27,12 @@ const lookAround = 2 * time.Second
 // once all that it started has ended. Call it once.
 func (m *Manager) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	defer wg.Wait()
+	defer func() {
+		wg.Wait()
+		if m.collector != nil {
+			m.collector.calls.Wait() // nobody waits for them any more, so they end
+		}
+	}()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 

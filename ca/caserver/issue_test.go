@@ -7,11 +7,14 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"net"
 	"net/url"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -198,5 +201,32 @@ func TestManyWhenAuthorityFails(t *testing.T) {
 	r := resp.GetResults()
 	if codes.Code(r[0].GetCode()) != codes.Unavailable || len(r[0].GetChain()) > 0 || codes.Code(r[1].GetCode()) != codes.PermissionDenied {
 		t.Errorf("%v", r)
+	}
+}
+
+// What an agent hears of a control plane from before the call: that it does not know
+// it, which is no refusal.
+func TestManyOfOlderControlPlane(t *testing.T) {
+	var told []Refusal
+	w := newWorld(t, func(c *Config) { c.Refused = func(r Refusal) { told = append(told, r) } })
+	older := nodev1.Node_ServiceDesc
+	older.Methods = slices.DeleteFunc(slices.Clone(older.Methods), func(m grpc.MethodDesc) bool { return m.MethodName == "IssueMany" })
+	w.socket = filepath.Join(t.TempDir(), "older.sock")
+	listener, err := net.Listen("unix", w.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer(w.server.ServerOptions()...)
+	server.RegisterService(&older, w.server)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = server.Serve(listener) }()
+	defer func() { server.Stop(); <-done }()
+	one := w.asNode("one")
+	_, csr := newKey(t)
+	request := &nodev1.IssueRequest{Workload: "shop/web-1", Csr: csr}
+	_, err = one.IssueMany(testContext(t), &nodev1.IssueManyRequest{Requests: []*nodev1.IssueRequest{request, request}})
+	wantCode(t, err, codes.Unimplemented, "")
+	if _, err := one.Issue(testContext(t), request); err != nil || len(told) != 0 {
+		t.Errorf("%v; told %+v", err, told)
 	}
 }
