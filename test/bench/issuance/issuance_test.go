@@ -27,7 +27,7 @@ func TestShortRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := string(out)
-	for _, want := range []string{"| `bare` | ", "| `authority, 1 caller` | ", "| `authority, 16 callers` | ", "| `node API, 16 callers` | ", "20 pods had a certificate after"} {
+	for _, want := range []string{"| `bare` | ", "| `authority, 1 caller` | ", "| `authority, 16 callers` | ", "| `authority, 20 at once` | ", "| `node API, 16 callers` | ", "| `node API, 20 a call` | ", "20 pods had a certificate after"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the report has no %q:\n%s", want, text)
 		}

@@ -78,6 +78,15 @@ func (n *node) Issue(ctx context.Context, workload string, csr []byte) ([][]byte
 	return resp.GetChain(), err
 }
 
+// IssueMany implements svid.ManyIssuer, as the agent does.
+func (n *node) IssueMany(ctx context.Context, asks []svid.Ask) ([]svid.Answer, error) {
+	requests := make([]*nodev1.IssueRequest, len(asks))
+	for i, a := range asks {
+		requests[i] = &nodev1.IssueRequest{Workload: a.Workload, Uid: "uid-" + a.Workload[len("bench/"):], Csr: a.CSR}
+	}
+	return svid.AskMany(ctx, n.client, requests)
+}
+
 // start is an agent's start: connect, hear the node's state, and have the manager
 // of package svid, which is the agent's own, get a certificate for each pod. It
 // notes when each is there.

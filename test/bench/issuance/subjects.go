@@ -8,18 +8,22 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
 	"net/url"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/signet-mesh/signet/agent/svid"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca"
 )
@@ -27,10 +31,12 @@ import (
 var appID = spiffeid.RequireFromSegments(domain, "ns", "bench", "sa", "app-0-0")
 
 // apiNodes is how many nodes ask the node API at the same time, and atOnce how many
-// calls there are under way, of it and of the authority.
+// calls there are under way, of it and of the authority; aCall is how many
+// certificates a batch is for.
 const (
 	apiNodes = 4
 	atOnce   = 16
+	aCall    = 20
 )
 
 // subjects prepares what is measured: the bare loop first, which the others are
@@ -49,13 +55,29 @@ func subjects(ctx context.Context, dir string) ([]subject, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	request := ca.Request{ID: appID, CSR: csr, TTL: time.Hour, Node: nodeName(0), Workload: "bench/app-0-0"}
 	issue := func() error {
-		p, err := authority.Prepare(ca.Request{ID: appID, CSR: csr, TTL: time.Hour, Node: nodeName(0), Workload: "bench/app-0-0"})
+		p, err := authority.Prepare(request)
 		if err != nil {
 			return err
 		}
 		_, err = authority.Issue(p)
 		return err
+	}
+	issueMany := func() error {
+		list := make([]*ca.Prepared, aCall)
+		for i := range list {
+			var err error
+			if list[i], err = authority.Prepare(request); err != nil {
+				return err
+			}
+		}
+		for _, r := range authority.IssueMany(list) {
+			if r.Err != nil {
+				return r.Err
+			}
+		}
+		return nil
 	}
 	api, err := startControl(ctx, filepath.Join(dir, "api"), 1, apiNodes, 1)
 	if err != nil {
@@ -75,18 +97,32 @@ func subjects(ctx context.Context, dir string) ([]subject, func(), error) {
 		nodes = append(nodes, n)
 	}
 	next := atomic.Int64{}
-	ask := func() error {
+	asker := func() (nodev1.NodeClient, *nodev1.IssueRequest) {
 		i := int(next.Add(1)) % apiNodes
 		w := "app-" + string(rune('0'+i)) + "-0"
-		_, err := nodes[i].client.Issue(ctx, &nodev1.IssueRequest{Workload: "bench/" + w, Uid: "uid-" + w, Csr: csr})
+		return nodes[i].client, &nodev1.IssueRequest{Workload: "bench/" + w, Uid: "uid-" + w, Csr: csr}
+	}
+	ask := func() error {
+		client, request := asker()
+		_, err := client.Issue(ctx, request)
+		return err
+	}
+	askMany := func() error {
+		client, request := asker()
+		answers, err := svid.AskMany(ctx, client, slices.Repeat([]*nodev1.IssueRequest{request}, aCall))
+		for _, a := range answers {
+			err = errors.Join(err, a.Err)
+		}
 		return err
 	}
 	own := func() (time.Duration, error) { return cpuOf("self") }
 	return []subject{
-			{"bare", "`x509.CreateCertificate` in a loop: a certificate of the same form, signed with a key of the same kind, and nothing else.", turns(1, 1, own, bare)},
-			{"authority, 1 caller", "`Prepare` and `Issue`: the request is checked and a trial of the certificate linted, the intent is synced to the disk, the certificate signed, parsed, linted and verified. One at a time, so each waits for the disk.", turns(1, 1, own, issue)},
-			{"authority, 16 callers", "the same with 16 callers, who share syncs.", turns(1, atOnce, own, issue)},
-			{"node API, 16 callers", "the control plane in a process of its own, asked by 16 callers over 4 connections of 4 nodes, by gRPC and mutual TLS on loopback. The callers have another processor; their CPU is not counted.", turns(runtime.NumCPU(), atOnce, api.cpu, ask)},
+			{"bare", "`x509.CreateCertificate` in a loop: a certificate of the same form, signed with a key of the same kind, and nothing else. It verifies its signature.", turns(1, 1, 1, own, bare)},
+			{"authority, 1 caller", "`Prepare` and `Issue`: the request is checked, the certificate built without a key and linted, the intent is synced to the disk, the certificate signed, its signature verified, and its bytes compared. One at a time, so each waits for the disk.", turns(1, 1, 1, own, issue)},
+			{"authority, 16 callers", "the same with 16 callers, who share syncs.", turns(1, atOnce, 1, own, issue)},
+			{fmt.Sprintf("authority, %d at once", aCall), fmt.Sprintf("`Prepare` for each and `IssueMany` for %d, by one caller: all intents are synced together before the first is signed.", aCall), turns(1, 1, aCall, own, issueMany)},
+			{"node API, 16 callers", "the control plane in a process of its own, asked by 16 callers over 4 connections of 4 nodes, by gRPC and mutual TLS on loopback. The callers have another processor; their CPU is not counted.", turns(runtime.NumCPU(), atOnce, 1, api.cpu, ask)},
+			{fmt.Sprintf("node API, %d a call", aCall), fmt.Sprintf("the same callers, each of whose calls is for %d certificates, as an agent asks when many are due at once.", aCall), turns(runtime.NumCPU(), atOnce, aCall, api.cpu, askMany)},
 		}, func() {
 			for _, n := range nodes {
 				_ = n.conn.Close()
@@ -136,8 +172,9 @@ func newBare(leaf crypto.PublicKey) (func() error, error) {
 	}, nil
 }
 
-// turns measures f by a number of callers, with this process on so many processors.
-func turns(processors, callers int, cpu func() (time.Duration, error), f func() error) func(context.Context, time.Duration) (turn, error) {
+// turns measures f, which issues a number of certificates, by a number of callers, with
+// this process on so many processors.
+func turns(processors, callers, each int, cpu func() (time.Duration, error), f func() error) func(context.Context, time.Duration) (turn, error) {
 	return func(ctx context.Context, d time.Duration) (turn, error) {
 		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(processors))
 		before, err := cpu()
@@ -155,7 +192,7 @@ func turns(processors, callers int, cpu func() (time.Duration, error), f func() 
 						failed.Store(&err)
 						return
 					}
-					issued.Add(1)
+					issued.Add(int64(each))
 				}
 			})
 		}

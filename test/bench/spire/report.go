@@ -82,22 +82,25 @@ func (b *bench) report(ctx context.Context, w io.Writer) error {
 		}
 		row(cells)
 	}
-	own := b.subjects[0].name
-	p("\nRatios, each taken within a round; median (lowest–highest). Of certificates more is better, of CPU less.\n")
-	cells = []string{own + " to"}
-	for _, s := range b.subjects[1:] {
-		cells = append(cells, s.name)
-	}
-	head(cells)
-	for i := range metrics {
-		if !metrics[i].ratio {
-			continue
+	p("\nRatios, each taken within a round; median (lowest–highest). Of certificates more is better, of CPU less.")
+	for at, own := range b.subjects[:2] { // one certificate a call, and many
+		others := slices.Delete(slices.Clone(b.subjects), at, at+1)
+		p("")
+		cells := []string{own.name + " to"}
+		for _, s := range others {
+			cells = append(cells, s.name)
 		}
-		cells := []string{metrics[i].name}
-		for _, s := range b.subjects[1:] {
-			cells = append(cells, spread(b.ratios(&metrics[i], own, s.name), 2))
+		head(cells)
+		for i := range metrics {
+			if !metrics[i].ratio {
+				continue
+			}
+			cells := []string{metrics[i].name}
+			for _, s := range others {
+				cells = append(cells, spread(b.ratios(&metrics[i], own.name, s.name), 2))
+			}
+			row(cells)
 		}
-		row(cells)
 	}
 	version, err := b.programs.Version(ctx)
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/signet-mesh/signet/agent/svid"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
 	"github.com/signet-mesh/signet/ca/caserver"
 	"github.com/signet-mesh/signet/internal/control"
@@ -77,21 +78,24 @@ func (b *bench) controlPlane(ctx context.Context, name, dir, address, about stri
 		force.Stop()
 		_ = log.Close()
 	})
-	s := &subject{name: name, about: about, pid: cmd.Process.Pid}
+	one := &subject{name: name, about: about, pid: cmd.Process.Pid}
+	many := &subject{name: fmt.Sprintf("%s, %d a call", name, workloads), pid: cmd.Process.Pid,
+		about: fmt.Sprintf("the same control plane and clients as `%s`, node API `IssueMany`, %d certificates a call, as an agent asks when many are due at once; latency is a call's", name, workloads)}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for i := range b.clients {
-		ask, err := b.node(ctx, state, address, i)
-		for ; err != nil; ask, err = b.node(ctx, state, address, i) { // it is starting
+		client, err := b.node(ctx, state, address, i)
+		for ; err != nil; client, err = b.node(ctx, state, address, i) { // it is starting
 			if ctx.Err() != nil {
 				said, _ := os.ReadFile(log.Name())
 				return fmt.Errorf("%s: %w\n%s", name, err, said)
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
-		s.clients = append(s.clients, ask)
+		one.clients = append(one.clients, b.askOne(client, i))
+		many.clients = append(many.clients, b.askMany(client, i))
 	}
-	b.subjects = append(b.subjects, s)
+	b.subjects = append(b.subjects, one, many)
 	return onProcessors(cmd.Process.Pid, 0, 1)
 }
 
@@ -112,8 +116,8 @@ spec: {serviceAccount: w%[1]d-%[2]d, node: n%[1]d, attest: {uid: %[3]d}}
 	return text.String()
 }
 
-// node joins a node and returns how it asks.
-func (b *bench) node(ctx context.Context, state, address string, i int) (issuer, error) {
+// node joins a node and connects as it.
+func (b *bench) node(ctx context.Context, state, address string, i int) (nodev1.NodeClient, error) {
 	tokens, err := caserver.OpenTokens(control.TokenDir(state))
 	if err != nil {
 		return nil, err
@@ -157,7 +161,11 @@ func (b *bench) node(ctx context.Context, state, address string, i int) (issuer,
 		return nil, err
 	}
 	b.stops = append(b.stops, func() { _ = conn.Close() })
-	client := nodev1.NewNodeClient(conn)
+	return nodev1.NewNodeClient(conn), nil
+}
+
+// askOne asks as node i for one certificate in a call.
+func (b *bench) askOne(client nodev1.NodeClient, i int) issuer {
 	return func(ctx context.Context, n int) ([][]byte, error) {
 		resp, err := client.Issue(ctx, &nodev1.IssueRequest{Workload: fmt.Sprintf("bench/w%d-%d", i, n%workloads), Csr: b.csr(i, n)})
 		if err != nil {
@@ -167,5 +175,33 @@ func (b *bench) node(ctx context.Context, state, address string, i int) (issuer,
 			return nil, errors.New("an empty chain")
 		}
 		return resp.GetChain()[:1], nil
-	}, nil
+	}
+}
+
+// askMany asks as node i for a certificate of each of its workloads in a call.
+func (b *bench) askMany(client nodev1.NodeClient, i int) issuer {
+	return func(ctx context.Context, n int) ([][]byte, error) {
+		requests := make([]*nodev1.IssueRequest, workloads)
+		for j := range requests {
+			requests[j] = &nodev1.IssueRequest{Workload: fmt.Sprintf("bench/w%d-%d", i, j), Csr: b.csr(i, n+j)}
+		}
+		answers, err := svid.AskMany(ctx, client, requests)
+		if err != nil {
+			return nil, err
+		}
+		var leaves [][]byte
+		for _, a := range answers {
+			if a.Err != nil {
+				return nil, a.Err
+			}
+			if len(a.Chain) == 0 {
+				return nil, errors.New("an empty chain")
+			}
+			leaves = append(leaves, a.Chain[0])
+		}
+		if len(leaves) != workloads {
+			return nil, fmt.Errorf("%d certificates for %d requests", len(leaves), workloads)
+		}
+		return leaves, nil
+	}
 }
