@@ -30,9 +30,9 @@ type Issuer interface {
 	Issue(ctx context.Context, workload string, csr []byte) (chain [][]byte, err error)
 }
 
-// DefaultWorkers is how many certificates are asked for at the same time: while one
-// call is made, another is collected.
-const DefaultWorkers = 2 * collectMost
+// DefaultWorkers is how many certificates are asked for at the same time, in one call
+// or each in its own.
+const DefaultWorkers = collectMost
 
 // Config configures a Manager.
 type Config struct {
