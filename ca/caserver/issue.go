@@ -75,7 +75,7 @@ func (s *Server) IssueMany(ctx context.Context, req *nodev1.IssueManyRequest) (*
 		wanted, prepared, results = append(wanted, want), append(prepared, p), append(results, result)
 	}
 	for i, r := range s.authority.IssueMany(prepared) {
-		chain, err := s.conclude(ctx, "Issue", wanted[i], r.Issued, r.Err)
+		chain, err := s.conclude(ctx, "IssueMany", wanted[i], r.Issued, r.Err)
 		answer(results[i], chain, err)
 	}
 	return &out, nil
