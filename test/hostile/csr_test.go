@@ -298,6 +298,48 @@ func TestRequests(t *testing.T) {
 	}
 }
 
+// TestRequestsTogether shows the same requests in batches: each is answered as by
+// itself, whatever stands beside it.
+func TestRequestsTogether(t *testing.T) {
+	p := newPKI(t, hour())
+	w := newControlWorld(t, p)
+	answered := 0
+	for chunk := range slices.Chunk(makeRequests(p), caserver.MaxMany) {
+		batch := new(nodev1.IssueManyRequest)
+		for _, c := range chunk {
+			batch.Requests = append(batch.Requests, &nodev1.IssueRequest{Workload: "shop/web", Csr: c.der})
+		}
+		out, err := w.server.UnaryInterceptor(w.node, batch, &grpc.UnaryServerInfo{FullMethod: nodev1.Node_IssueMany_FullMethodName},
+			func(ctx context.Context, req any) (any, error) {
+				return w.server.IssueMany(ctx, req.(*nodev1.IssueManyRequest))
+			})
+		if err != nil {
+			t.Fatal(err)
+		}
+		results := out.(*nodev1.IssueManyResponse).GetResults()
+		if len(results) != len(chunk) {
+			t.Fatalf("%d results for %d requests", len(results), len(chunk))
+		}
+		for i, r := range results {
+			c := &chunk[i]
+			_, singly := w.ask(c.der)
+			if said := status.Convert(singly); codes.Code(r.GetCode()) != said.Code() || r.GetMessage() != said.Message() {
+				t.Errorf("%s: %s %q together, %v by itself", c.name, codes.Code(r.GetCode()), r.GetMessage(), singly)
+			}
+			if c.refuse != (r.GetCode() != 0) || c.refuse != (len(r.GetChain()) == 0) {
+				t.Errorf("%s: code %d with a chain of %d; refuse: %t", c.name, r.GetCode(), len(r.GetChain()), c.refuse)
+			}
+			if r.GetCode() == 0 {
+				answered++
+				checkPure(t, c, r.GetChain())
+			}
+		}
+	}
+	if answered < 10 {
+		t.Error("this shows little")
+	}
+}
+
 // checkPure: the certificate is the authority's own work, but for the key.
 func checkPure(t *testing.T, c *requestCase, chain [][]byte) {
 	t.Helper()
