@@ -118,6 +118,10 @@ func (m *Model) QuarantinedNode(node string) (name string, ok bool) {
 // whatever the policies say. What was given as the reason of that may follow.
 const CallerRevoked = "the caller's certificate is revoked"
 
+// CallerExpired is the reason why a caller is refused whose certificate has expired
+// since it opened its tunnel.
+const CallerExpired = "the caller's certificate has expired since it opened the tunnel"
+
 // CallerCutOff returns the words of a denial because the caller is cut off.
 func CallerCutOff(quarantine, caller string) string {
 	return fmt.Sprintf("quarantined by %q: caller %s is cut off", quarantine, caller)

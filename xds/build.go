@@ -81,11 +81,6 @@ func (b *builder) captured() []mesh.Workload {
 	return out
 }
 
-// tunnelLife is how long a pooled tunnel takes new streams. Half a
-// certificate's life, so that no tunnel outlives the certificates it was
-// opened with by more than its last streams.
-func (b *builder) tunnelLife() time.Duration { return b.view.State.SVIDTTL / 2 }
-
 // packed wraps a message built here; marshalling it cannot fail, since every
 // string in it has been validated as UTF-8 at the edge.
 func packed(m proto.Message) *anypb.Any {

@@ -75,13 +75,14 @@ func TestTerminatedPorts(t *testing.T) {
 		if direct.GetRds().GetRouteConfigName() != RouteName(w) || tunnel.GetRds().GetRouteConfigName() != RouteName(w) {
 			t.Errorf("%s: routes %v and %v", key, tunnel.GetRds(), direct.GetRds())
 		}
-		// Beyond who the caller is, which came along, they do the same.
-		if len(tunnel.HttpFilters) != len(direct.HttpFilters)+1 {
+		// Beyond who the caller is, which came along, and that the certificate has
+		// not expired since, they do the same.
+		if len(tunnel.HttpFilters) != len(direct.HttpFilters)+2 {
 			t.Fatalf("%s: %d filters in a tunnel, %d without", key, len(tunnel.HttpFilters), len(direct.HttpFilters))
 		}
 		for i, f := range direct.HttpFilters {
-			if f.String() != tunnel.HttpFilters[i+1].String() {
-				t.Errorf("%s: filter %d is %v, in a tunnel %v", key, i, f, tunnel.HttpFilters[i+1])
+			if f.String() != tunnel.HttpFilters[i+2].String() {
+				t.Errorf("%s: filter %d is %v, in a tunnel %v", key, i, f, tunnel.HttpFilters[i+2])
 			}
 		}
 	}

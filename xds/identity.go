@@ -27,7 +27,7 @@ func peerNames() *hcmv3.HttpFilter {
 	return &hcmv3.HttpFilter{
 		Name: "peer",
 		ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed(&setstatev3.Config{
-			OnRequestHeaders: peerState(sfsv3.FilterStateValue_NONE),
+			OnRequestHeaders: append(peerState(sfsv3.FilterStateValue_NONE), peerUntil()),
 		})},
 	}
 }

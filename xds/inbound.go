@@ -5,6 +5,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	configrbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
+	celv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
@@ -13,6 +14,7 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
 )
 
@@ -77,7 +79,8 @@ func namespaceState(w *mesh.Workload) *listenerv3.Filter {
 func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager {
 	m := b.manager(w, "in", LineInbound)
 	m.CommonHttpProtocolOptions.MaxConnectionDuration = durationpb.New(b.tunnelLife())
-	m.HttpFilters = append([]*hcmv3.HttpFilter{peerNames()}, m.HttpFilters...)
+	m.LocalReplyConfig.Mappers = append([]*hcmv3.ResponseMapper{refusal(deniedBy(PolicyExpired), authz.CallerExpired)}, m.LocalReplyConfig.Mappers...)
+	m.HttpFilters = append([]*hcmv3.HttpFilter{peerNames(), unexpired()}, m.HttpFilters...)
 	return m
 }
 
@@ -138,22 +141,37 @@ func (b *builder) manager(w *mesh.Workload, stats, line string) *hcmv3.HttpConne
 // denialReply lets the reason travel: the 403 says it in a header, which the
 // caller's proxy writes into its own audit record.
 func denialReply() *hcmv3.LocalReplyConfig {
-	reason := routeMeta(metaDeny)
-	return &hcmv3.LocalReplyConfig{
-		Mappers: []*hcmv3.ResponseMapper{{
-			Filter: &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_StatusCodeFilter{
-				StatusCodeFilter: &accesslogv3.StatusCodeFilter{Comparison: &accesslogv3.ComparisonFilter{
-					Op:    accesslogv3.ComparisonFilter_EQ,
-					Value: &corev3.RuntimeUInt32{DefaultValue: 403, RuntimeKey: "signet.none"},
-				}},
+	return &hcmv3.LocalReplyConfig{Mappers: []*hcmv3.ResponseMapper{
+		refusal(&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_StatusCodeFilter{
+			StatusCodeFilter: &accesslogv3.StatusCodeFilter{Comparison: &accesslogv3.ComparisonFilter{
+				Op:    accesslogv3.ComparisonFilter_EQ,
+				Value: &corev3.RuntimeUInt32{DefaultValue: 403, RuntimeKey: "signet.none"},
 			}},
-			HeadersToAdd: []*corev3.HeaderValueOption{
-				{Header: &corev3.HeaderValue{Key: HeaderReason, Value: reason}},
-				{Header: &corev3.HeaderValue{Key: HeaderRevision, Value: routeMeta(metaRevision)}},
-			},
-			BodyFormatOverride: textFormat(reason + "\n"),
-		}},
+		}}, routeMeta(metaDeny)),
+	}}
+}
+
+func refusal(of *accesslogv3.AccessLogFilter, reason string) *hcmv3.ResponseMapper {
+	return &hcmv3.ResponseMapper{
+		Filter: of,
+		HeadersToAdd: []*corev3.HeaderValueOption{
+			{Header: &corev3.HeaderValue{Key: HeaderReason, Value: reason}},
+			{Header: &corev3.HeaderValue{Key: HeaderRevision, Value: routeMeta(metaRevision)}},
+		},
+		BodyFormatOverride: textFormat(reason + "\n"),
 	}
+}
+
+// deniedBy matches requests that a rule of the proxy's own refused.
+func deniedBy(rule string) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{
+		ExtensionFilter: &accesslogv3.ExtensionFilter{
+			Name: "envoy.access_loggers.extension_filters.cel",
+			ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{TypedConfig: packed(&celv3.ExpressionFilter{
+				Expression: `response.code_details == "rbac_access_denied_matched_policy[` + rule + `]"`,
+			})},
+		},
+	}}
 }
 
 // Headers of the answer to a CONNECT. The agent reads them back from the

@@ -18,6 +18,7 @@ import (
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -110,7 +111,12 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 		}},
 		TypedExtensionProtocolOptions: map[string]*anypb.Any{
 			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
-				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{MaxRequestsPerConnection: u32(tunnelLifetime)},
+				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+					MaxRequestsPerConnection: u32(tunnelLifetime),
+					// The other end counts too, but its timers stand still while
+					// its machine is suspended.
+					MaxConnectionDuration: durationpb.New(b.tunnelLife()),
+				},
 				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
 					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
 						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{

@@ -145,8 +145,10 @@ func inbound(l *line, e *audit.Event) {
 		r.Verdict, r.Reason = audit.Denied, "the caller proved no identity: its certificate has several names: "+strings.Trim(l.Peer+","+l.PeerDNS, ",")
 	case l.Code == 403 && quarantine(l) != "":
 		r.Verdict, r.Reason = audit.Denied, authz.CallerCutOff(quarantine(l), l.Peer)
-	case l.Code == 403 && strings.Contains(l.Details, "rbac_access_denied_matched_policy["+xds.PolicyRevoked+"]"):
+	case l.Code == 403 && deniedBy(l, xds.PolicyRevoked):
 		r.Verdict, r.Reason = audit.Denied, authz.CallerRevoked
+	case l.Code == 403 && (deniedBy(l, xds.PolicyExpired) || deniedBy(l, xds.PolicyUndated)):
+		r.Verdict, r.Reason = audit.Denied, authz.CallerExpired
 	case l.Code == 403:
 		r.Verdict, r.Reason = audit.Denied, l.Deny
 		if r.Reason == "" {
@@ -178,6 +180,11 @@ func direct(l *line, e *audit.Event) error {
 	inbound(l, e)
 	e.Record.Transport = audit.Direct
 	return nil
+}
+
+// deniedBy reports whether a rule of the proxy's own refused the caller.
+func deniedBy(l *line, rule string) bool {
+	return strings.Contains(l.Details, "rbac_access_denied_matched_policy["+rule+"]")
 }
 
 // quarantine returns the name of the quarantine that refused the caller.

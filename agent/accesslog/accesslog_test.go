@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/authz"
 )
 
 // lines reads the proxy's own lines, by name. They were written by Envoy
@@ -50,6 +51,7 @@ func TestDecode(t *testing.T) {
 		"in-allowed-open":          {false, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 0, 0, ""},
 		"in-allowed-end":           {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 100, 50, ""},
 		"in-denied":                {true, audit.Destination, audit.Denied, "mtls", other, server, "", defaultDeny, 0, 0, ""},
+		"in-expired":               {true, audit.Destination, audit.Denied, "mtls", client, server, "", authz.CallerExpired, 0, 0, ""},
 		"in-closed-port":           {true, audit.Destination, audit.Failed, "mtls", client, server, "", "Connection_refused", 0, 0, "UF"},
 		"in-client-reset":          {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 37, 5, "DR"},
 		"in-ended-at-the-server":   {true, audit.Destination, audit.Allowed, "mtls", client, server, "shop/allow", "shop/allow", 3296, 3264, "UC"},

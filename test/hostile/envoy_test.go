@@ -3,6 +3,7 @@ package hostile
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/pem"
@@ -63,6 +64,8 @@ type node struct {
 	// crls are lists of revoked certificates for tunnels that leave, which this
 	// project's nodes have none of.
 	crls [][]byte
+	// ttl is for how long workloads' certificates are said to live; zero: an hour.
+	ttl time.Duration
 	// foreign are the trust domains that the mesh is federated with.
 	foreign []xds.Trust
 	// change makes another configuration of the node's; nil: it is as nodes have it.
@@ -89,7 +92,7 @@ func (n *node) start(t *testing.T) *node {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	n.lab, n.log = l, filepath.Join(dir, "audit.log")
 	n.view = &mesh.View{Revision: "1", Model: policies(), State: &mesh.State{
-		TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), SVIDTTL: time.Hour,
+		TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), SVIDTTL: cmp.Or(n.ttl, time.Hour),
 		Namespaces: map[string]mesh.Mode{"open": mesh.ModeObserve, "shop": mesh.ModeEnforce},
 		Workloads: []mesh.Workload{
 			n.workload(t, "open", "open", "open", openAddr, "n1"),
