@@ -233,6 +233,7 @@ func (a *agent) serve(ctx context.Context) error {
 	run(a.reports)
 	run(a.followProxies)
 	run(a.watchClock)
+	run(a.watchRenewals)
 	// The rest needs the node's certificate. What is above works without the
 	// control plane on what an earlier run left.
 	g.Go(func() error {

@@ -10,9 +10,9 @@ import (
 const stoodStill = 10 * time.Second
 
 // watchClock has the proxy open new tunnels after the machine was suspended, or the
-// wall clock was set ahead. The proxy lets a tunnel take new connections for half of
-// a certificate's life by its timers, which stood still: those from before could
-// go on for so long with certificates that are over.
+// wall clock was set ahead. The proxy lets a tunnel take new connections for a time
+// by its timers, which stood still: those from before could be in use when their
+// certificates expire, and connections in them be refused.
 func (a *agent) watchClock(ctx context.Context) {
 	tick := time.NewTicker(lookAtClock)
 	defer tick.Stop()
