@@ -4,9 +4,11 @@
 // kernel maps into each of them (the vDSO). Move puts others in their place, in
 // that program only, which ask the kernel and add an offset.
 //
-// The monotonic clock and with it every timer goes on undisturbed: a program that
+// Move leaves the monotonic clock and with it every timer alone: a program that
 // is stopped, moved ahead and continued sees what it sees after a machine was
-// suspended. Times that the kernel writes, such as those of files, do not move.
+// suspended. Stand is the reverse: a program that is stopped for a time, and whose
+// timers are then behind by that, sees what it sees when its machine alone was.
+// Times that the kernel writes, such as those of files, do not move.
 package clock
 
 import (
@@ -24,63 +26,86 @@ import (
 	"time"
 )
 
-// What is put into a program, by the function that it replaces. Each ends in the
-// distance to the offset, in whole seconds, that follows it; see put.
+// The offsets, in whole seconds, that stand before the functions that are put into a
+// program.
+const (
+	wall = iota
+	timers
+	offsets // their number
+)
+
+// distance is the place of an instruction's distance to an offset, from which the
+// next instruction follows.
+type distance struct{ at, to int }
+
+// What is put into a program, by the function that it replaces; see put.
 var stubs = []struct {
-	symbol string
-	code   []byte
-	at     int // where the distance stands, from which the next instruction follows
+	symbol    string
+	code      []byte
+	distances []distance
 }{
 	{"__vdso_clock_gettime", []byte{
 		0xb8, 228, 0, 0, 0, // mov eax, SYS_clock_gettime
 		0x0f, 0x05, // syscall
 		0x85, 0xc0, // test eax, eax
-		0x75, 0x13, // jne ret
+		0x75, 0x26, // jne ret
 		0x85, 0xff, // test edi, edi (CLOCK_REALTIME)
-		0x74, 0x05, // je add
+		0x74, 0x18, // je wall
 		0x83, 0xff, 0x05, // cmp edi, CLOCK_REALTIME_COARSE
-		0x75, 0x0a, // jne ret
-		0x48, 0x8b, 0x0d, 0, 0, 0, 0, // add: mov rcx, [offset]
-		0x48, 0x01, 0x0e, // add [rsi], rcx
+		0x74, 0x13, // je wall
+		0x83, 0xff, 0x01, // cmp edi, CLOCK_MONOTONIC
+		0x74, 0x05, // je timers
+		0x83, 0xff, 0x06, // cmp edi, CLOCK_MONOTONIC_COARSE
+		0x75, 0x13, // jne ret
+		0x48, 0x8b, 0x0d, 0, 0, 0, 0, // timers: mov rcx, [timers]
+		0xeb, 0x07, // jmp add
+		0x48, 0x8b, 0x0d, 0, 0, 0, 0, // wall: mov rcx, [wall]
+		0x48, 0x01, 0x0e, // add: add [rsi], rcx
 		0xc3, // ret
-	}, 23},
+	}, []distance{{33, timers}, {42, wall}}},
 	{"__vdso_gettimeofday", []byte{
 		0xb8, 96, 0, 0, 0, // mov eax, SYS_gettimeofday
 		0x0f, 0x05, // syscall
 		0x85, 0xff, // test edi, edi
 		0x74, 0x0a, // je ret
-		0x48, 0x8b, 0x0d, 0, 0, 0, 0, // mov rcx, [offset]
+		0x48, 0x8b, 0x0d, 0, 0, 0, 0, // mov rcx, [wall]
 		0x48, 0x01, 0x0f, // add [rdi], rcx
 		0xc3, // ret
-	}, 14},
+	}, []distance{{14, wall}}},
 	{"__vdso_time", []byte{
 		0xb8, 201, 0, 0, 0, // mov eax, SYS_time
 		0x0f, 0x05, // syscall
-		0x48, 0x03, 0x05, 0, 0, 0, 0, // add rax, [offset]
+		0x48, 0x03, 0x05, 0, 0, 0, 0, // add rax, [wall]
 		0x48, 0x85, 0xff, // test rdi, rdi
 		0x74, 0x03, // je ret
 		0x48, 0x89, 0x07, // mov [rdi], rax
 		0xc3, // ret
-	}, 10},
+	}, []distance{{10, wall}}},
 }
 
 // Move lets the wall clock of a program be off by a time, in whole seconds, from
 // now on; 0 sets it right. A stopped program stays stopped, another is stopped for
 // a moment.
-func Move(pid int, off time.Duration) error {
+func Move(pid int, off time.Duration) error { return set(pid, wall, off) }
+
+// Stand lets the timers of a program be behind by a time, in whole seconds, from now
+// on. The program must be stopped, and have been for as long: no clock goes back.
+func Stand(pid int, still time.Duration) error { return set(pid, timers, -still) }
+
+func set(pid, which int, off time.Duration) error {
 	switch {
 	case runtime.GOARCH != "amd64":
 		return fmt.Errorf("clock: %s: what would be put into the program is written for amd64 only", runtime.GOARCH)
 	case off%time.Second != 0:
 		return fmt.Errorf("clock: %s: give whole seconds", off)
 	}
-	if err := move(pid, int64(off/time.Second)); err != nil {
+	if err := put(pid, which, int64(off/time.Second)); err != nil {
 		return fmt.Errorf("clock: process %d: %w", pid, err)
 	}
 	return nil
 }
 
-func move(pid int, seconds int64) error {
+func put(pid, which int, seconds int64) error {
 	start, end, err := vdso(pid)
 	if err != nil {
 		return err
@@ -99,15 +124,19 @@ func move(pid int, seconds int64) error {
 		return err
 	}
 	offset := binary.LittleEndian.AppendUint64(nil, uint64(seconds))
-	if image[entries[0]] == jump { // moved before
-		_, err := mem.WriteAt(offset, int64(start+free))
+	at := int64(start+free) + int64(which*len(offset))
+	if image[entries[0]] == jump { // done before
+		_, err := mem.WriteAt(offset, at)
 		return err
 	}
-	tail := put(entries, free, offset)
+	tail, places := functions()
 	if int(free)+len(tail) > len(image) {
 		return fmt.Errorf("its vDSO has no room for %d bytes at %#x", len(tail), free)
 	}
 	if _, err := mem.WriteAt(tail, int64(start+free)); err != nil {
+		return fmt.Errorf("write into its vDSO: %w", err)
+	}
+	if _, err := mem.WriteAt(offset, at); err != nil {
 		return fmt.Errorf("write into its vDSO: %w", err)
 	}
 	return halted(pid, func(at []uint64) error {
@@ -118,12 +147,10 @@ func move(pid int, seconds int64) error {
 				}
 			}
 		}
-		next := free + uint64(len(offset))
 		for i, e := range entries {
-			if _, err := mem.WriteAt(jumpTo(e, next), int64(start+e)); err != nil {
+			if _, err := mem.WriteAt(jumpTo(e, free+uint64(places[i])), int64(start+e)); err != nil {
 				return fmt.Errorf("write into its vDSO: %w", err)
 			}
-			next += uint64(len(stubs[i].code))
 		}
 		return nil
 	})
@@ -141,17 +168,21 @@ func jumpTo(from, to uint64) []byte {
 	return binary.LittleEndian.AppendUint32([]byte{jump}, uint32(int32(int64(to)-int64(from)-jumpSize)))
 }
 
-// put returns the offset and the functions that add it, for the place free.
-func put(entries []uint64, _ uint64, offset []byte) []byte {
-	out := bytes.Clone(offset)
-	for i := range entries {
-		s := stubs[i]
+// functions returns the offsets, which are zero, and the functions that add them,
+// with where each begins.
+func functions() (out []byte, places []int) {
+	const size = 8
+	out = make([]byte, offsets*size)
+	for _, s := range stubs {
 		code := bytes.Clone(s.code)
-		// The distance counts from the instruction after it.
-		binary.LittleEndian.PutUint32(code[s.at:], uint32(int32(-(len(out) + s.at + 4))))
+		for _, d := range s.distances {
+			// It counts from the instruction after it.
+			binary.LittleEndian.PutUint32(code[d.at:], uint32(int32(d.to*size-(len(out)+d.at+4))))
+		}
+		places = append(places, len(out))
 		out = append(out, code...)
 	}
-	return out
+	return out, places
 }
 
 // vdso returns where a process has its vDSO.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -307,6 +308,12 @@ func jump(t *testing.T, c clockCase) {
 	}
 	moveClocks(t, m, 0)
 	right := time.Now()
+	if c.fresh && c.off > 10*time.Second && slices.Contains(c.moved, "control") {
+		// Those that were made meanwhile are early now, and of use in tunnels only
+		// that were opened meanwhile.
+		before, _ = serialOf(t, m, "shop/red")
+		m.Write("mesh.yaml", strings.Replace(clockDocuments, ": TTL", ": 30m", 1))
+	}
 	m.Eventually(resumeWithin, "a new certificate with right clocks", isFresh)
 	for _, pod := range []string{"red", "blue"} {
 		m.Eventually(resumeWithin, pod+" to be served with right clocks", func() error { return call(pod) })

@@ -224,14 +224,19 @@ var started = regexp.MustCompile(`msg="process started" process=(\w+) pid=(\d+)`
 // Pid returns the process id of control, agent or envoy as it runs now.
 func (m *Mesh) Pid(name string) int {
 	m.t.Helper()
+	return pidOf(m.t, m.Log(), name)
+}
+
+func pidOf(t testing.TB, log, name string) int {
+	t.Helper()
 	pid := 0
-	for _, match := range started.FindAllStringSubmatch(m.Log(), -1) {
+	for _, match := range started.FindAllStringSubmatch(log, -1) {
 		if match[1] == name {
 			pid, _ = strconv.Atoi(match[2])
 		}
 	}
 	if pid == 0 {
-		m.t.Fatalf("%s was never started", name)
+		t.Fatalf("%s was never started", name)
 	}
 	return pid
 }
