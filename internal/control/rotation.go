@@ -184,8 +184,8 @@ func (r *rotation) before(limit, now time.Time) bool {
 }
 
 // quiet is for how long nothing may stand against the next step. A tunnel takes
-// new connections for half of the life of the certificate that it was opened with,
-// so a root goes only after that.
+// new connections for less than half of the life of the certificate that it was
+// opened with, so a root goes only after that.
 func (r *rotation) quiet(stage adminv1.RotationStage, roots []ca.Root) time.Duration {
 	if r.hurries(roots) {
 		return hurriedQuiet // nodes end tunnels themselves
