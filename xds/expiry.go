@@ -13,13 +13,18 @@ import (
 	exprv1 "google.golang.org/genproto/googleapis/api/expr/v1alpha1"
 )
 
-// TunnelLife is how long a tunnel takes new connections, by the timers of the
-// proxies at both of its ends, where certificates live for ttl. A holder replaces
-// its certificate at 55 hundredths of its life at the latest; so no tunnel outlives
-// the certificate that it was opened with by more than the connections in it.
+// TunnelLife is how long a tunnel takes new connections at most, by the timers of
+// the caller's proxy, where certificates live for ttl. A holder replaces its
+// certificate at 55 hundredths of its life at the latest; so no tunnel outlives the
+// certificate that it was opened with by more than the connections in it.
 func TunnelLife(ttl time.Duration) time.Duration { return ttl * 2 / 5 }
 
 func (b *builder) tunnelLife() time.Duration { return TunnelLife(b.view.State.SVIDTTL) }
+
+// toldToGo is when the proxy that a tunnel leads to tells the caller's to use another.
+// It comes first, for if both ended a tunnel at once, what they say would meet a
+// socket that is closed, and the audit have a connection that broke.
+func (b *builder) toldToGo() time.Duration { return b.tunnelLife() * 7 / 8 }
 
 // Names of the rules that refuse connections by expired certificates.
 const (

@@ -78,7 +78,7 @@ func namespaceState(w *mesh.Workload) *listenerv3.Filter {
 // connectManager takes the CONNECT requests in a tunnel.
 func (b *builder) connectManager(w *mesh.Workload) *hcmv3.HttpConnectionManager {
 	m := b.manager(w, "in", LineInbound)
-	m.CommonHttpProtocolOptions.MaxConnectionDuration = durationpb.New(b.tunnelLife())
+	m.CommonHttpProtocolOptions.MaxConnectionDuration = durationpb.New(b.toldToGo())
 	m.LocalReplyConfig.Mappers = append([]*hcmv3.ResponseMapper{refusal(deniedBy(PolicyExpired), authz.CallerExpired)}, m.LocalReplyConfig.Mappers...)
 	m.HttpFilters = append([]*hcmv3.HttpFilter{peerNames(), unexpired()}, m.HttpFilters...)
 	return m

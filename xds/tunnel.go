@@ -113,8 +113,8 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
 				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
 					MaxRequestsPerConnection: u32(tunnelLifetime),
-					// The other end counts too, but its timers stand still while
-					// its machine is suspended.
+					// The other end says so earlier, but its timers stand still
+					// while its machine is suspended.
 					MaxConnectionDuration: durationpb.New(b.tunnelLife()),
 				},
 				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{

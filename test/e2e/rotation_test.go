@@ -256,10 +256,9 @@ func checkTunnels(t *testing.T, m *harness.Mesh, calls int, held map[string]map[
 }
 
 // TestExpiryClosesTheMesh: without a control plane certificates expire, and
-// then connections fail. No tunnel is opened with an expired certificate; one
-// that was opened in time takes new connections for half of a certificate's
-// life at most; what is open stays open. When the control plane is back, all
-// works again.
+// then connections fail. No tunnel is opened with an expired certificate, and one
+// that was opened in time takes no new connections after it has expired; what is
+// open stays open. When the control plane is back, all works again.
 func TestExpiryClosesTheMesh(t *testing.T) {
 	m := rotating(t, rotationTTL)
 	pods := []*lab.Pod{m.Pod("red"), m.Pod("blue")}
@@ -316,8 +315,8 @@ func TestExpiryClosesTheMesh(t *testing.T) {
 	if !firstBad.IsZero() && firstBad.Before(expiry.Add(-rotationTTL/2)) {
 		t.Errorf("a call failed %s before the certificates expired", expiry.Sub(firstBad))
 	}
-	if late := lastGood.Sub(expiry); late > rotationTTL/2+tunnelSlack {
-		t.Errorf("a call went well %s after the certificates had expired, want at most about %s", late, rotationTTL/2)
+	if late := lastGood.Sub(expiry); late > time.Second {
+		t.Errorf("a call went well %s after the certificates had expired", late)
 	}
 	for _, s := range tunnelSpans(t, m.Records(adminclient.AuditQuery{Side: audit.Destination})) {
 		if late := s.first.Sub(expiries[s.id]); late > 0 {
