@@ -49,9 +49,19 @@ func (s *nodeState) view() *mesh.View {
 	return &mesh.View{
 		Revision: s.revision, Model: s.model, Identities: s.identities, Refused: s.refused(),
 		State: &mesh.State{
-			TrustDomain: s.trustDomain, SVIDTTL: s.ttl, Namespaces: s.modes, Workloads: s.workloads,
+			TrustDomain: s.trustDomain, SVIDTTL: s.ttl, Namespaces: s.modes, Workloads: s.workloads, Federations: s.federations(),
 		},
 	}
+}
+
+// federations are the other trust domains whose names can be proven here.
+func (s *nodeState) federations() (out []mesh.Federation) {
+	for _, b := range s.foreign {
+		if len(b.Roots) > 0 {
+			out = append(out, mesh.Federation{TrustDomain: b.TrustDomain})
+		}
+	}
+	return out
 }
 
 // parseState checks everything that comes over the wire before any of it is used.

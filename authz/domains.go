@@ -30,6 +30,22 @@ func (d Domains) pattern(s string) (Pattern, error) {
 	return pattern, checkForeign(pattern)
 }
 
+// CheckForeign says why an identity cannot be that of a workload of another mesh. If
+// not all Federations are known, its trust domain may be any other.
+func (d Domains) CheckForeign(id spiffeid.ID, anyDomain bool) error {
+	if id.TrustDomain() == d.Own {
+		return fmt.Errorf("%q is of this mesh; give the endpoint as workload", id)
+	}
+	if anyDomain {
+		d.Foreign = append(slices.Clone(d.Foreign), id.TrustDomain())
+	}
+	pattern, err := d.pattern(id.String())
+	if _, exact := pattern.Exact(); err == nil && !exact {
+		err = fmt.Errorf("%q is no identity", id)
+	}
+	return err
+}
+
 // checkForeign holds a pattern of another trust domain to what a proxy compares
 // without knowing who exists there.
 func checkForeign(p Pattern) error {

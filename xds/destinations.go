@@ -2,6 +2,7 @@ package xds
 
 import (
 	"net/netip"
+	"slices"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -55,7 +56,8 @@ func Refused(name string) (Resource, bool) {
 // hop is where a connection to a destination may go.
 type hop struct {
 	addr     netip.AddrPort
-	workload *mesh.Workload // nil: outside the mesh, in plain
+	workload *mesh.Workload // nil: outside the mesh
+	foreign  spiffeid.ID    // who must answer there; zero: nobody, it is called in plain
 }
 
 // destination is what an address stands for.
@@ -74,7 +76,7 @@ func resolve(s *mesh.State, node string, addr netip.AddrPort) (destination, bool
 		return resolveService(s, node, svc, addr)
 	}
 	if w := s.WorkloadAt(addr.Addr()); w != nil {
-		return destination{hops: []hop{{addr, meshed(s, w)}}}, true
+		return destination{hops: []hop{{addr: addr, workload: meshed(s, w)}}}, true
 	}
 	if s.RefuseUnknown || linkLocal6(addr.Addr()) {
 		return destination{}, false
@@ -122,7 +124,8 @@ func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.Add
 // endpointHop is where an endpoint is reached by a family, if it is.
 func endpointHop(s *mesh.State, e *mesh.Endpoint, port uint16, four bool) (hop, bool) {
 	if e.Workload == "" {
-		return hop{addr: netip.AddrPortFrom(e.Addr, port)}, e.Addr.Is4() == four
+		h := hop{addr: netip.AddrPortFrom(e.Addr, port), foreign: e.Foreign}
+		return h, e.Addr.Is4() == four && (e.Foreign.IsZero() || federated(s, e.Foreign.TrustDomain()))
 	}
 	w := s.Workload(e.Workload)
 	if w == nil || w.Capture == nil {
@@ -130,10 +133,15 @@ func endpointHop(s *mesh.State, e *mesh.Endpoint, port uint16, four bool) (hop, 
 	}
 	for _, a := range w.Capture.Addrs {
 		if a.Is4() == four {
-			return hop{netip.AddrPortFrom(a, port), meshed(s, w)}, true
+			return hop{addr: netip.AddrPortFrom(a, port), workload: meshed(s, w)}, true
 		}
 	}
 	return hop{}, false
+}
+
+// federated reports whether names of a trust domain can be proven.
+func federated(s *mesh.State, td spiffeid.TrustDomain) bool {
+	return slices.ContainsFunc(s.Federations, func(f mesh.Federation) bool { return f.TrustDomain == td })
 }
 
 // meshed returns w if connections to it must go through a tunnel.
@@ -151,7 +159,7 @@ func (d destination) cluster(name string) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
 	plain, six := false, false
 	for _, h := range d.hops {
-		if h.workload == nil {
+		if h.workload == nil && h.foreign.IsZero() {
 			plain, six = true, six || h.addr.Addr().Is6()
 			eps = append(eps, plainEndpoint(h.addr))
 			continue
@@ -191,11 +199,14 @@ func plainEndpoint(a netip.AddrPort) *endpointv3.LbEndpoint {
 }
 
 func tunnelEndpoint(h hop) *endpointv3.LbEndpoint {
-	meta := map[string]string{
+	meta, listener := map[string]string{
 		metaTunnel:    netip.AddrPortFrom(h.addr.Addr(), mesh.PortTunnel).String(),
 		metaAuthority: h.addr.String(),
-		metaIdentity:  h.workload.ID.String(),
-		metaWorkload:  h.workload.Key(),
+	}, listenerTunnel
+	if h.workload != nil {
+		meta[metaIdentity], meta[metaWorkload] = h.workload.ID.String(), h.workload.Key()
+	} else { // what its mesh calls it is not known here
+		meta[metaIdentity], listener = h.foreign.String(), foreignTunnel(h.foreign.TrustDomain())
 	}
 	fields := map[string]*structpb.Value{}
 	for k, v := range meta {
@@ -205,7 +216,7 @@ func tunnelEndpoint(h hop) *endpointv3.LbEndpoint {
 		Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metadataKey: {Fields: fields}}},
 		HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
 			Address: &corev3.Address{Address: &corev3.Address_EnvoyInternalAddress{EnvoyInternalAddress: &corev3.EnvoyInternalAddress{
-				AddressNameSpecifier: &corev3.EnvoyInternalAddress_ServerListenerName{ServerListenerName: listenerTunnel},
+				AddressNameSpecifier: &corev3.EnvoyInternalAddress_ServerListenerName{ServerListenerName: listener},
 				EndpointId:           h.addr.String(),
 			}}},
 		}},
@@ -274,11 +285,10 @@ func (b *builder) allowedDestinations() {
 		for k, p := range svc.Ports {
 			for j := range svc.Endpoints {
 				e := &svc.Endpoints[j]
-				if e.Workload == "" {
-					continue
-				}
 				target, ok := e.Target(svc, k)
-				if w := s.Workload(e.Workload); ok && w != nil && admits(w, target) {
+				w := s.Workload(e.Workload)
+				// Whom another mesh admits is not known here.
+				if ok && (w != nil && admits(w, target) || !e.Foreign.IsZero()) {
 					for _, vip := range svc.VIPs {
 						push(netip.AddrPortFrom(vip, p.Port))
 					}

@@ -53,6 +53,14 @@ func ClientSecret(id spiffeid.ID) string { return id.String() }
 // ServerSecret is the SDS name of the certificate that a workload serves with.
 func ServerSecret(id spiffeid.ID) string { return inboundPrefix + id.String() }
 
+// ForeignSecret is the SDS name of another trust domain's roots, for tunnels that
+// leave for it.
+func ForeignSecret(td spiffeid.TrustDomain) string { return BundleSecret + "|" + td.Name() }
+
+// foreignTunnel is the internal listener of connections to another trust domain, and
+// the cluster of the tunnels in which they leave.
+func foreignTunnel(td spiffeid.TrustDomain) string { return clusterTunnel + "|" + td.Name() }
+
 // SecretID returns the identity that an SDS name stands for.
 func SecretID(name string) (spiffeid.ID, bool) {
 	id, err := spiffeid.FromString(strings.TrimPrefix(name, inboundPrefix))

@@ -20,7 +20,8 @@ type Trust struct {
 // With other trust domains the proxy's SPIFFE validator is used, since the usual
 // one has a single pool of roots, in which any could vouch for any name. That
 // validator does not heed the peer that a connection expects, so it is not for
-// tunnels that leave; see docs/decisions.md.
+// tunnels that leave: those to each trust domain have a cluster of their own; see
+// foreignTunnels and docs/decisions.md.
 func InboundTrust(own Trust, foreign []Trust) *tlsv3.CertificateValidationContext {
 	if len(foreign) == 0 {
 		return &tlsv3.CertificateValidationContext{TrustedCa: inlineBytes(own.PEM)}

@@ -49,7 +49,7 @@ const (
 
 // sharedClusters adds the four clusters that every node has.
 func (b *builder) sharedClusters() {
-	b.add(clusterTunnel, b.tunnelCluster())
+	b.add(clusterTunnel, b.tunnelCluster(clusterTunnel, BundleSecret, b.view.State.TrustDomain))
 	b.add(clusterLocal, &clusterv3.Cluster{
 		Name:            clusterLocal,
 		CircuitBreakers: unlimited(),
@@ -92,12 +92,12 @@ func unlimited() *clusterv3.CircuitBreakers {
 	}}}
 }
 
-// tunnelCluster is the one cluster through which all mTLS tunnels leave. Three
-// things vary per connection, and arrive as filter state: the address to dial,
+// tunnelCluster is the one cluster through which all mTLS tunnels to a trust domain
+// leave. Three things vary per connection, and arrive as filter state: the address to dial,
 // the identity that the peer must prove, and the certificate to present.
-func (b *builder) tunnelCluster() *clusterv3.Cluster {
+func (b *builder) tunnelCluster(name, secret string, td spiffeid.TrustDomain) *clusterv3.Cluster {
 	return &clusterv3.Cluster{
-		Name:                 clusterTunnel,
+		Name:                 name,
 		CircuitBreakers:      unlimited(),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
@@ -146,7 +146,7 @@ func (b *builder) tunnelCluster() *clusterv3.Cluster {
 							},
 						}),
 					},
-					ValidationContextType: b.validation(BundleSecret),
+					ValidationContextType: validation(secret, td),
 				},
 				MaxSessionKeys: u32(0), // no resumption: every tunnel proves its identity anew
 			})},
@@ -176,15 +176,15 @@ func tlsParams() *tlsv3.TlsParameters {
 	}
 }
 
-// validation accepts workloads of the trust domain whose chain ends in its
+// validation accepts workloads of a trust domain whose chain ends in its
 // bundle, and whom the secret adds to them (see InboundTrust). Which of them may do what is decided elsewhere, by comparing names, so
 // a name must be a SPIFFE ID in its one spelling: no other program may read it as
 // another's, and none is deeper than a service account's.
-func (b *builder) validation(secret string) *tlsv3.CommonTlsContext_CombinedValidationContext {
+func validation(secret string, td spiffeid.TrustDomain) *tlsv3.CommonTlsContext_CombinedValidationContext {
 	return &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext: &tlsv3.CertificateValidationContext{
-				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{workloadName(b.view.State.TrustDomain)},
+				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{workloadName(td)},
 				MaxVerifyDepth:            u32(maxAuthorities),
 			},
 			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: secret, SdsConfig: ads()},
@@ -248,9 +248,14 @@ func insideNamespace(six bool) *corev3.BindConfig {
 // the endpoint's metadata becomes the tunnel's address, expected peer and
 // CONNECT authority.
 func (b *builder) tunnelListener() {
+	b.add(listenerTunnel, b.listenerInto(listenerTunnel, clusterTunnel))
+}
+
+// listenerInto has what it takes leave by the tunnels of a cluster.
+func (b *builder) listenerInto(name, cluster string) *listenerv3.Listener {
 	const once = sfsv3.FilterStateValue_ONCE
-	b.add(listenerTunnel, &listenerv3.Listener{
-		Name:              listenerTunnel,
+	return &listenerv3.Listener{
+		Name:              name,
 		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
 		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
 			setState(
@@ -261,7 +266,7 @@ func (b *builder) tunnelListener() {
 			),
 			filter("tcp", &tcpv3.TcpProxy{
 				StatPrefix:       "tunnel",
-				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: clusterTunnel},
+				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
 				IdleTimeout:      seconds(0), // the application decides how long it may idle
 				AccessLog:        b.accessLog(LineTunnel),
 				AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
@@ -271,7 +276,18 @@ func (b *builder) tunnelListener() {
 				},
 			}),
 		}}},
-	})
+	}
+}
+
+// foreignTunnels adds the same for each trust domain whose roots are known. They are
+// apart so that each trust domain's names are proven by its own roots only.
+func (b *builder) foreignTunnels() {
+	for i := range b.view.State.Federations {
+		td := b.view.State.Federations[i].TrustDomain
+		name := foreignTunnel(td)
+		b.add(name, b.tunnelCluster(name, ForeignSecret(td), td))
+		b.add(name, b.listenerInto(name, name))
+	}
 }
 
 // Keys of an endpoint's metadata.

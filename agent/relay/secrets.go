@@ -68,10 +68,18 @@ func (r *Relay) readKeys() {
 			Name: xds.BundleSecret,
 			Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(own.PEM)}},
 		})
+		foreign := foreignTrust(own.Domain, r.keys.Foreign())
 		r.secret(set, xds.InboundSecret, &tlsv3.Secret{
 			Name: xds.InboundSecret,
-			Type: &tlsv3.Secret_ValidationContext{ValidationContext: xds.InboundTrust(own, foreignTrust(own.Domain, r.keys.Foreign()))},
+			Type: &tlsv3.Secret_ValidationContext{ValidationContext: xds.InboundTrust(own, foreign)},
 		})
+		for _, t := range foreign {
+			name := xds.ForeignSecret(t.Domain)
+			r.secret(set, name, &tlsv3.Secret{
+				Name: name,
+				Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(t.PEM)}},
+			})
+		}
 	}
 	for _, s := range held.SVIDs {
 		key, err := s.KeyPEM()

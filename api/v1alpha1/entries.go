@@ -91,8 +91,12 @@ type ServicePort struct {
 }
 
 // ServiceEndpoint is a workload (by name, in the service's namespace or as
-// "namespace/name") or a plain address outside the mesh; exactly one is set.
+// "namespace/name") or an address outside the mesh; exactly one is set.
 type ServiceEndpoint struct {
 	Workload string `json:"workload,omitempty"`
 	Address  string `json:"address,omitempty"`
+	// SPIFFEID makes the address that of a captured workload of another mesh, for
+	// whose trust domain there is a Federation: connections go by a tunnel to who
+	// proves this identity there. Without it they go in plain.
+	SPIFFEID string `json:"spiffeID,omitempty"`
 }

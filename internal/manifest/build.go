@@ -62,8 +62,8 @@ func (b *builder) build() *Manifest {
 	b.meshConfig()
 	b.namespaces()
 	b.workloadEntries()
-	b.serviceEntries()
 	b.federations()
+	b.serviceEntries()
 	b.allowPolicies()
 	b.quarantines()
 	if len(b.report.findings) > 0 {

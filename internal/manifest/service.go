@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-mesh/signet/api/v1alpha1"
 	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/mesh"
@@ -118,6 +120,9 @@ func (b *builder) endpoints(d *document, endpoints []v1alpha1.ServiceEndpoint) [
 			}
 			endpoint.Addr = addr
 		}
+		if e.SPIFFEID != "" {
+			endpoint.Foreign = b.foreignEndpoint(d, fmt.Sprintf("spec.endpoints[%d].spiffeID", i), e)
+		}
 		key := target{endpoint.Workload, endpoint.Addr}
 		if seen[key] {
 			d.fault(CodeDuplicate, field, "the endpoint is listed twice")
@@ -126,6 +131,23 @@ func (b *builder) endpoints(d *document, endpoints []v1alpha1.ServiceEndpoint) [
 		out = append(out, endpoint)
 	}
 	return out
+}
+
+// foreignEndpoint reads who must answer at an address, of another mesh.
+func (b *builder) foreignEndpoint(d *document, field string, e v1alpha1.ServiceEndpoint) spiffeid.ID {
+	id, err := spiffeid.FromString(e.SPIFFEID)
+	if err == nil && e.Workload == "" {
+		err = b.domains().CheckForeign(id, b.report.incomplete || b.partial && len(b.state.Federations) == 0)
+	}
+	switch {
+	case e.Workload != "":
+		d.fault(CodeValue, field, "has no meaning with workload, whose identity is known; remove it")
+	case err != nil:
+		d.fault(CodeValue, field, "%v", err)
+	default:
+		return id
+	}
+	return spiffeid.ID{}
 }
 
 func (b *builder) workloadEndpoint(d *document, field, key string) {

@@ -167,11 +167,14 @@ type ServicePort struct {
 	Target uint16
 }
 
-// Endpoint is a workload of the mesh (Workload is its key) or a plain
-// address; exactly one is set.
+// Endpoint is a workload of the mesh (Workload is its key) or an address
+// outside of it; exactly one is set.
 type Endpoint struct {
 	Workload string
 	Addr     netip.Addr
+	// Foreign is who must answer at Addr, of another trust domain; zero: it is
+	// called in plain.
+	Foreign spiffeid.ID `json:",omitzero"`
 	// Node is where the endpoint runs; empty when not known.
 	Node string
 	// Ending endpoints still serve while they end. They are called only where
