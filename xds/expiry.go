@@ -3,9 +3,8 @@ package xds
 import (
 	"time"
 
-	configrbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
-
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	configrbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
@@ -47,20 +46,20 @@ func peerUntil() *sfsv3.FilterStateValue {
 // certificate that it was opened with has expired, by the wall clock. A tunnel
 // ends by timers, which stand still while a machine is suspended.
 func unexpired() *hcmv3.HttpFilter {
-	any := []*configrbacv3.Permission{{Rule: &configrbacv3.Permission_Any{Any: true}}}
+	every := []*configrbacv3.Permission{{Rule: &configrbacv3.Permission_Any{Any: true}}}
 	return &hcmv3.HttpFilter{
 		Name: "expiry",
 		ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed(&rbacv3.RBAC{
 			Rules: &configrbacv3.RBAC{Action: configrbacv3.RBAC_DENY, Policies: map[string]*configrbacv3.Policy{
 				PolicyExpired: {
-					Permissions: any,
+					Permissions: every,
 					Principals:  []*configrbacv3.Principal{{Identifier: &configrbacv3.Principal_Any{Any: true}}},
 					Condition:   hasExpired(),
 					CelConfig:   &corev3.CelExpressionConfig{EnableStringConversion: true},
 				},
 				// A condition that cannot be evaluated refuses nobody.
 				PolicyUndated: {
-					Permissions: any,
+					Permissions: every,
 					Principals: []*configrbacv3.Principal{{Identifier: &configrbacv3.Principal_NotId{NotId: byState(statePeerUntil,
 						&matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{SafeRegex: &matcherv3.RegexMatcher{Regex: untilPattern}}})}}},
 				},

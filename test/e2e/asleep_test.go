@@ -59,9 +59,9 @@ func TestDestinationAsleep(t *testing.T) {
 	if err := call(); err != nil {
 		t.Fatal(err)
 	}
-	heard := func(min int) (seen []string) {
-		m.Eventually(10*time.Second, fmt.Sprintf("the audit of the server's node to have %d tunnels", min), func() error {
-			if seen = tunnelsInto(t, far, "/sa/red"); len(seen) < min {
+	heard := func(least int) (seen []string) {
+		m.Eventually(10*time.Second, fmt.Sprintf("the audit of the server's node to have %d tunnels", least), func() error {
+			if seen = tunnelsInto(t, far, "/sa/red"); len(seen) < least {
 				return fmt.Errorf("it has %v", seen)
 			}
 			return nil
