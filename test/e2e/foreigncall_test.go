@@ -62,7 +62,7 @@ func impostor(t *testing.T, pod *lab.Pod, cert *tls.Certificate) {
 	served := make(chan error, 1)
 	go func() { served <- server.ServeTLS(l, "", "") }()
 	t.Cleanup(func() {
-		server.Close()
+		_ = server.Close()
 		<-served
 	})
 }
