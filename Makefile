@@ -53,7 +53,7 @@ tools: ## Get Envoy into .tools/
 	@test/tools/envoy.sh $(ENVOY_VERSION)
 
 .PHONY: kube-tools
-kube-tools: ## Build the programs of a Kubernetes cluster into .tools/ (ten minutes, once)
+kube-tools: ## Build the programs of a Kubernetes cluster into .tools/ (twelve minutes, once)
 	@test/tools/kubernetes.sh
 
 .PHONY: clients

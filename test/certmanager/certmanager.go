@@ -1,5 +1,5 @@
-// Package certmanager runs cert-manager's real controllers as a process beside an API
-// server, for tests.
+// Package certmanager runs cert-manager's real controllers and admission webhook, and
+// approver-policy, as processes beside an API server, for tests.
 package certmanager
 
 import (
@@ -72,19 +72,25 @@ type Controllers struct {
 // Start starts all controllers but some. They end with the test, or before.
 func Start(t *testing.T, config *rest.Config, without ...string) *Controllers {
 	t.Helper()
+	return run(t, "certmanager", "--kubeconfig", kubeconfig(t, config), "--without", strings.Join(without, ","))
+}
+
+// run starts a program of the folder where Kubernetes' are.
+func run(t *testing.T, name string, args ...string) *Controllers {
+	t.Helper()
 	dir := os.Getenv("SIGNET_KUBE_BIN")
 	if dir == "" {
 		dir = filepath.Join("..", "..", ".tools", "kubernetes", "bin")
 	}
-	program, err := filepath.Abs(filepath.Join(dir, "certmanager"))
+	program, err := filepath.Abs(filepath.Join(dir, name))
 	if err == nil {
 		_, err = os.Stat(program)
 	}
 	if err != nil {
-		t.Fatalf("cert-manager's controllers are needed: run the tests with make test, or set SIGNET_KUBE_BIN to the folder that has them: %v", err)
+		t.Fatalf("%s is needed: run the tests with make test, or set SIGNET_KUBE_BIN to the folder that has it: %v", name, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, program, "--kubeconfig", kubeconfig(t, config), "--without", strings.Join(without, ","))
+	cmd := exec.CommandContext(ctx, program, args...)
 	var out kubeapiserver.Output
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -102,7 +108,7 @@ func Start(t *testing.T, config *rest.Config, without ...string) *Controllers {
 	t.Cleanup(func() {
 		c.Stop()
 		if t.Failed() {
-			t.Logf("cert-manager:\n%s", out.Tail())
+			t.Logf("%s:\n%s", name, out.Tail())
 		}
 	})
 	return c
@@ -120,7 +126,7 @@ func kubeconfig(t *testing.T, c *rest.Config) string {
 	doc := clientcmdapi.NewConfig()
 	doc.Clusters["test"] = &clientcmdapi.Cluster{Server: c.Host, CertificateAuthorityData: c.CAData, CertificateAuthority: c.CAFile}
 	doc.AuthInfos["test"] = &clientcmdapi.AuthInfo{
-		Token: c.BearerToken, ClientCertificate: c.CertFile, ClientCertificateData: c.CertData, ClientKey: c.KeyFile, ClientKeyData: c.KeyData,
+		Impersonate: c.Impersonate.UserName, Token: c.BearerToken, ClientCertificate: c.CertFile, ClientCertificateData: c.CertData, ClientKey: c.KeyFile, ClientKeyData: c.KeyData,
 	}
 	doc.Contexts["test"] = &clientcmdapi.Context{Cluster: "test", AuthInfo: "test"}
 	doc.CurrentContext = "test"

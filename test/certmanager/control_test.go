@@ -41,15 +41,17 @@ type world struct {
 	admin, own *rest.Config // own: with the rights that the chart gives, and no other
 	client     dynamic.Interface
 	program    string
-	health     string // host:port
-	socket     string // where nodes connect to the control plane that was started last
+	issuer     []string // flags that name it
+	health     string   // host:port
+	socket     string   // where nodes connect to the control plane that was started last
 }
 
-func newWorld(t *testing.T) *world {
+// newWorld has the chart's values as given beside its own.
+func newWorld(t *testing.T, values ...string) *world {
 	server := kubeapiserver.Start(t)
 	w := &world{T: t, admin: server.Config(kubeapiserver.Admin), own: server.Config(kubeapiserver.Admin), program: filepath.Join(t.TempDir(), "signet-control")}
 	w.own.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:" + release + ":signet-control"}
-	w.client = dynamic.NewForConfigOrDie(w.admin)
+	w.client, w.issuer = dynamic.NewForConfigOrDie(w.admin), []string{"--cert-manager-issuer=mesh", "--cert-manager-duration=1h"}
 	w.run("go", "build", "-o", w.program, "./cmd/signet-control")
 	Install(t, w.admin)
 	files, err := filepath.Glob(root + "/deploy/crds/*.yaml")
@@ -64,8 +66,10 @@ func newWorld(t *testing.T) *world {
 		w.create(string(text))
 	}
 	w.create("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + release + "}")
+	w.create("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + Namespace + "}")
+	Webhook(t, w.admin)
 	chart := w.run("go", "tool", "-modfile=test/tools/helm/go.mod", "helm", "template", "signet", "deploy/chart/signet", "--namespace", release,
-		"--set", "trustDomain=mesh.example,certManager.enabled=true,certManager.issuerRef.name=mesh,certManager.issuerRef.kind=Issuer,mesh.svidTTL=4s") // a former root stays for half of it
+		"--set", strings.Join(append([]string{"trustDomain=mesh.example,certManager.enabled=true,certManager.issuerRef.name=mesh,certManager.issuerRef.kind=Issuer,mesh.svidTTL=4s"}, values...), ",")) // a former root stays for half of it
 	for doc := range strings.SplitSeq(chart, "\n---\n") {
 		var o struct{ Kind string }
 		if err := yaml.Unmarshal([]byte(doc), &o); err != nil {
@@ -129,11 +133,10 @@ func (w *world) create(doc string) {
 // start runs the control plane until stop, which kills it.
 func (w *world) start(name string, further ...string) (stop func()) {
 	w.Helper()
-	file, dir := w.kubeconfig(), w.TempDir()
+	file, dir := kubeconfig(w.T, w.own), w.TempDir()
 	w.socket = filepath.Join(dir, "nodes.sock")
-	cmd := exec.CommandContext(context.Background(), w.program, append(further, "--kubernetes", "--kubeconfig", file, "--namespace", release, "--replica", name,
-		"--listen", w.socket, "--admin-listen", filepath.Join(dir, "admin.sock"), "--health-listen", w.health, "--state-dir", filepath.Join(dir, "state"),
-		"--cert-manager-issuer=mesh", "--cert-manager-duration=1h")...)
+	cmd := exec.CommandContext(context.Background(), w.program, append(append(w.issuer, further...), "--kubernetes", "--kubeconfig", file, "--namespace", release, "--replica", name,
+		"--listen", w.socket, "--admin-listen", filepath.Join(dir, "admin.sock"), "--health-listen", w.health, "--state-dir", filepath.Join(dir, "state"))...)
 	var out kubeapiserver.Output
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -155,19 +158,6 @@ func (w *world) start(name string, further ...string) (stop func()) {
 		}
 	})
 	return stop
-}
-
-func (w *world) kubeconfig() string {
-	file := kubeconfig(w.T, w.own)
-	text, err := os.ReadFile(file)
-	if err != nil {
-		w.Fatal(err)
-	}
-	as := strings.Replace(string(text), "    token:", "    as: "+w.own.Impersonate.UserName+"\n    token:", 1)
-	if err := os.WriteFile(file, []byte(as), 0o600); err != nil || as == string(text) {
-		w.Fatalf("%v in\n%s", err, text)
-	}
-	return file
 }
 
 // get asks the control plane's health port.

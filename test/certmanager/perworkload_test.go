@@ -113,6 +113,38 @@ func (w *world) workloadRequests() (issuers []string) {
 	return issuers
 }
 
+// roots are those that nodes are told, of which there has to be one.
+func (w *world) roots() []*x509.Certificate {
+	w.Helper()
+	var published [][]byte
+	for _, der := range w.published(1) {
+		published = append(published, []byte(der))
+	}
+	return w.parse(published)
+}
+
+// join has an agent's pod join, whose certificate has to be below the intermediate.
+func (w *world) join(core kubernetes.Interface, td spiffeid.TrustDomain, roots []*x509.Certificate, agent *corev1.Pod) nodev1.NodeClient {
+	w.Helper()
+	seconds := int64(600)
+	token, err := core.CoreV1().ServiceAccounts(release).CreateToken(w.Context(), "signet-agent", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+		Audiences: []string{"signet-control"}, ExpirationSeconds: &seconds,
+		BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: agent.Name, UID: agent.UID},
+	}}, metav1.CreateOptions{})
+	if err != nil {
+		w.Fatal(err)
+	}
+	key, csr := w.request(spiffeid.ID{})
+	joined, err := w.dial(td, roots, nil).Join(w.Context(), &nodev1.JoinRequest{Token: token.Status.Token, Csr: csr})
+	if err != nil {
+		w.Fatal(err)
+	}
+	if c := w.parse(joined.GetChain()); c[0].Issuer.CommonName != "signet intermediate" {
+		w.Errorf("the node's certificate is of %s", c[0].Issuer)
+	}
+	return w.dial(td, roots, &tls.Certificate{Certificate: joined.GetChain(), PrivateKey: key})
+}
+
 // TestPerWorkload runs signet-control in mode per-workload, with the rights that the
 // chart gives it, below cert-manager's real controllers. A node joins, with a
 // certificate below the intermediate, and gets a workload's, which is another issuer's own;
@@ -141,35 +173,15 @@ spec: {commonName: mesh-ca, isCA: true, secretName: mesh-ca, privateKey: {algori
 
 	td := spiffeid.RequireTrustDomainFromString("mesh.example")
 	web := spiffeid.RequireFromString("spiffe://mesh.example/ns/shop/sa/web")
-	var published [][]byte
-	for _, der := range w.published(1) {
-		published = append(published, []byte(der))
-	}
-	roots := w.parse(published)
-	seconds := int64(600)
-	token, err := core.CoreV1().ServiceAccounts(release).CreateToken(t.Context(), "signet-agent", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
-		Audiences: []string{"signet-control"}, ExpirationSeconds: &seconds,
-		BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: agent.Name, UID: agent.UID},
-	}}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, csr := w.request(spiffeid.ID{})
-	joined, err := w.dial(td, roots, nil).Join(t.Context(), &nodev1.JoinRequest{Token: token.Status.Token, Csr: csr})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if c := w.parse(joined.GetChain()); c[0].Issuer.CommonName != "signet intermediate" {
-		t.Errorf("the node's certificate is of %s", c[0].Issuer)
-	}
-	node := w.dial(td, roots, &tls.Certificate{Certificate: joined.GetChain(), PrivateKey: key})
+	roots := w.roots()
+	node := w.join(core, td, roots, agent)
 	issue := func(csr []byte) ([][]byte, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // as agents give it
 		defer cancel()
 		r, err := node.Issue(ctx, &nodev1.IssueRequest{Workload: "shop/web-1", Uid: string(pod.UID), Csr: csr})
 		return r.GetChain(), err
 	}
-	_, csr = w.request(web)
+	_, csr := w.request(web)
 	eventually(t, 20*time.Second, func() error { // the pod is seen
 		chain, err := issue(csr)
 		if err != nil {

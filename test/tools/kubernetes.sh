@@ -2,8 +2,9 @@
 # Puts the programs of a Kubernetes cluster at .tools/kubernetes/bin below the
 # working directory, built from the Go modules that test/tools/kubernetes,
 # test/tools/etcd and test/tools/coredns pin. What is there already, built from
-# the same pins, stays. Beside them stand cert-manager's controllers, which are built
-# from test/tools/certmanager. The first build takes about ten minutes on two cores.
+# the same pins, stays. Beside them stand cert-manager's controllers and webhook, built
+# from test/tools/certmanager, and approver-policy, from test/tools/approverpolicy. The
+# first build takes about twelve minutes on two cores.
 set -euo pipefail
 
 tools=test/tools
@@ -63,3 +64,5 @@ done
 build etcd etcd "$(pinned etcd go.etcd.io/etcd/server/v3)" go.etcd.io/etcd/server/v3
 build coredns coredns "$(pinned coredns github.com/coredns/coredns)" .
 build certmanager certmanager "$(pinned certmanager github.com/cert-manager/cert-manager)" .
+policy=github.com/cert-manager/approver-policy
+build approverpolicy approverpolicy "$(pinned approverpolicy $policy)" $policy/cmd

@@ -1,6 +1,7 @@
 // Command certmanager is cert-manager's own controllers: those for issuers that are
 // self-signed, have a CA in a Secret, or are a Vault, for certificates, and the
-// default approver. What else cert-manager has is left out.
+// default approver. With --admission it is cert-manager's own admission webhook instead.
+// What else cert-manager has is left out.
 package main
 
 import (
@@ -40,14 +41,18 @@ func main() {
 	}
 }
 
-// run is what cert-manager's cmd/controller does, without its leader election.
+// run is what cert-manager's cmd/controller does, without its leader election, or admit.
 func run(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("certmanager", flag.ContinueOnError)
 	kubeconfig := f.String("kubeconfig", "", "how to reach the API server")
 	namespace := f.String("cluster-resource-namespace", "cert-manager", "where Secrets of ClusterIssuers are")
 	without := f.String("without", "", "names of controllers that are left out, with commas between")
+	port := f.Int("admission", 0, "the port of the admission webhook, which is all that runs")
 	if err := f.Parse(args); err != nil {
 		return err
+	}
+	if *port != 0 {
+		return admit(ctx, *kubeconfig, *namespace, *port)
 	}
 	// As cert-manager's defaults have them.
 	factory, err := controller.NewContextFactory(ctx, controller.ContextOptions{
