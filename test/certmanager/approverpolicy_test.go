@@ -25,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -38,7 +39,7 @@ import (
 )
 
 // documented are the blocks of docs/cert-manager.md that have a policy: for the
-// intermediate and for workloads, each with what gives the right to use it.
+// intermediate and for workloads, each after what gives the right to use it.
 func documented(t *testing.T) (intermediate, workload []*unstructured.Unstructured) {
 	t.Helper()
 	text, err := os.ReadFile(root + "/docs/cert-manager.md")
@@ -61,8 +62,8 @@ func documented(t *testing.T) (intermediate, workload []*unstructured.Unstructur
 		}
 		blocks = append(blocks, objects)
 	}
-	if len(blocks) != 2 || len(blocks[0]) != 3 || len(blocks[1]) != 3 {
-		t.Fatalf("docs/cert-manager.md has %d blocks with policies, want two, each a policy, a Role and a RoleBinding", len(blocks))
+	if len(blocks) != 2 || len(blocks[0]) != 3 || len(blocks[1]) != 3 || blocks[0][2].GetKind() != "CertificateRequestPolicy" || blocks[1][2].GetKind() != "CertificateRequestPolicy" {
+		t.Fatalf("docs/cert-manager.md has %d blocks with policies, want two, each a Role, a RoleBinding and a policy", len(blocks))
 	}
 	return blocks[0], blocks[1]
 }
@@ -94,6 +95,27 @@ func (w *world) company(core kubernetes.Interface) {
 		w.Fatal(err)
 	}
 	w.create("apiVersion: cert-manager.io/v1\nkind: ClusterIssuer\nmetadata: {name: company}\nspec: {ca: {secretName: company}}")
+}
+
+// allow applies what is documented, in its order; a policy when the API server knows
+// that it may be used: approver-policy asks that once.
+func (w *world) allow(core kubernetes.Interface, documents []*unstructured.Unstructured) {
+	w.Helper()
+	for _, o := range documents[:2] {
+		apply(w.T, w.admin, o)
+	}
+	policy := documents[2]
+	eventually(w.T, 20*time.Second, func() error {
+		r, err := core.AuthorizationV1().SubjectAccessReviews().Create(w.Context(), &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
+			User:               w.own.Impersonate.UserName,
+			ResourceAttributes: &authorizationv1.ResourceAttributes{Group: "policy.cert-manager.io", Resource: "certificaterequestpolicies", Name: policy.GetName(), Namespace: release, Verb: "use"},
+		}}, metav1.CreateOptions{})
+		if err == nil && !r.Status.Allowed {
+			err = fmt.Errorf("the control plane may not use %s", policy.GetName())
+		}
+		return err
+	})
+	apply(w.T, w.admin, policy)
 }
 
 // asked is a CertificateRequest that differs in one thing from what the control plane
@@ -186,9 +208,9 @@ func TestApproverPolicy(t *testing.T) {
 	w.start("first", "--cert-manager-mode=per-workload")
 	const waits = "False Pending: CertificateRequest signet-system/signet-intermediate-"
 	w.says(waits)
-	apply(t, w.admin, intermediate[0])
+	apply(t, w.admin, intermediate[2])
 	eventually(t, 20*time.Second, func() error {
-		o, err := resource(w.admin, intermediate[0]).Get(t.Context(), intermediate[0].GetName(), metav1.GetOptions{})
+		o, err := resource(w.admin, intermediate[2]).Get(t.Context(), intermediate[2].GetName(), metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -197,10 +219,9 @@ func TestApproverPolicy(t *testing.T) {
 		}
 		return nil
 	})
-	w.says(waits) // nobody may use it
-	for _, o := range intermediate[1:] {
-		apply(t, w.admin, o)
-	}
+	w.says(waits)                                                        // nobody may use it
+	intermediate[2].SetAnnotations(map[string]string{"looked": "again"}) // as the document says
+	w.allow(core, intermediate)
 	w.says("True Ready: the intermediate is of ClusterIssuer company")
 	requests := cmclient.NewForConfigOrDie(w.admin).CertificateRequests(release)
 	list, err := requests.List(t.Context(), metav1.ListOptions{LabelSelector: "signet.dev/purpose=intermediate"})
@@ -238,9 +259,7 @@ func TestApproverPolicy(t *testing.T) {
 		}
 		return conditionIs(o.Object, "False Denied: workloads' certificates do not come: ")
 	})
-	for _, o := range workload {
-		apply(t, w.admin, o)
-	}
+	w.allow(core, workload)
 	eventually(t, 20*time.Second, func() error { // the policy is seen
 		_, csr := w.request(id("api"))
 		chain, err := issue("api", csr)
