@@ -28,13 +28,14 @@ const Namespace = "cert-manager"
 
 // Webhook starts cert-manager's real admission webhook, and has the API server, on
 // this machine, ask it as cert-manager's chart says. It notes in each CertificateRequest
-// who made it. It ends with the test.
-func Webhook(t *testing.T, config *rest.Config) {
+// who made it. It ends with the test, or before.
+func Webhook(t *testing.T, config *rest.Config) *Controllers {
 	t.Helper()
 	port := freePort(t)
 	objects := chart(t, "../tools/certmanager", "github.com/cert-manager/cert-manager", "cert-manager")
-	run(t, "certmanager", "--kubeconfig", kubeconfig(t, config), "--admission", port)
+	running := run(t, "certmanager", "--kubeconfig", kubeconfig(t, config), "--admission", port)
 	hook(t, config, objects, "cert-manager-webhook", port)
+	return running
 }
 
 // Approver starts approver-policy's real controller with its webhook, kinds and rights

@@ -191,6 +191,7 @@ func (w *world) judged(as *rest.Config, a asked, spec cmv1.CertificateRequestSpe
 // them, or without the right to use them, nothing is approved, and the condition says
 // what is waited for; with them the mesh has its intermediate and a workload its
 // certificate; and what differs in one thing from what the mesh asks for is denied.
+// Without the webhook nothing is asked for, and that is said.
 func TestApproverPolicy(t *testing.T) {
 	intermediate, workload := documented(t)
 	w := newWorld(t, "certManager.issuerRef.name=company", "certManager.issuerRef.kind=ClusterIssuer", "mesh.svidTTL=1h") // the longest that the policy allows
@@ -360,5 +361,11 @@ func TestApproverPolicy(t *testing.T) {
 		if err := approve(config); !apierrors.IsForbidden(err) && !strings.Contains(fmt.Sprint(err), "does not have permissions to set approved/denied conditions") {
 			t.Errorf("%s approves: %v", who, err)
 		}
+	}
+
+	w.webhook.Stop()
+	_, csr = w.request(id("api"))
+	if _, err := issue("api", csr); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "failed calling webhook") {
+		t.Errorf("without cert-manager's webhook: %v", err)
 	}
 }

@@ -63,7 +63,7 @@ func Install(t *testing.T, config *rest.Config) {
 	}
 }
 
-// Controllers are running controllers.
+// Controllers are running controllers, or a webhook.
 type Controllers struct {
 	stop context.CancelFunc
 	done chan struct{}
@@ -114,7 +114,7 @@ func run(t *testing.T, name string, args ...string) *Controllers {
 	return c
 }
 
-// Stop ends the controllers, as when cert-manager is gone.
+// Stop ends them, as when cert-manager is gone.
 func (c *Controllers) Stop() {
 	c.stop()
 	<-c.done

@@ -41,6 +41,7 @@ type world struct {
 	admin, own *rest.Config // own: with the rights that the chart gives, and no other
 	client     dynamic.Interface
 	program    string
+	webhook    *Controllers
 	issuer     []string // flags that name it
 	health     string   // host:port
 	socket     string   // where nodes connect to the control plane that was started last
@@ -67,7 +68,7 @@ func newWorld(t *testing.T, values ...string) *world {
 	}
 	w.create("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + release + "}")
 	w.create("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + Namespace + "}")
-	Webhook(t, w.admin)
+	w.webhook = Webhook(t, w.admin)
 	chart := w.run("go", "tool", "-modfile=test/tools/helm/go.mod", "helm", "template", "signet", "deploy/chart/signet", "--namespace", release,
 		"--set", strings.Join(append([]string{"trustDomain=mesh.example,certManager.enabled=true,certManager.issuerRef.name=mesh,certManager.issuerRef.kind=Issuer,mesh.svidTTL=4s"}, values...), ",")) // a former root stays for half of it
 	for doc := range strings.SplitSeq(chart, "\n---\n") {
