@@ -122,7 +122,7 @@ func TestControlPlaneAway(t *testing.T) {
 
 // certificate is what of `kubectl signet certs -o json` these tests look at.
 type certificate struct {
-	Holder              string
+	Holder, Issuer      string
 	NotBefore, NotAfter time.Time
 }
 

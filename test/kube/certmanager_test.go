@@ -81,9 +81,26 @@ func (b *bench) settled(was ...string) above {
 	return s
 }
 
+// below is a release that has its authority from cert-manager in a mode.
+func (b *bench) below(mode string) string {
+	b.Helper()
+	helm := exec.CommandContext(b.Context(), "go", "tool", "-modfile=test/tools/helm/go.mod", "helm", "template", "signet", "deploy/chart/signet", "--namespace", system,
+		"--set", "trustDomain="+trustDomain+",namespace.create=true,mesh.svidTTL=20s",
+		"--set-string", "image.tag="+b.version, // which may be all digits
+		"--set", "certManager.enabled=true,certManager.issuerRef.name=company,certManager.mode="+mode)
+	helm.Dir = project
+	helm.Stderr = b.Output()
+	manifests, err := helm.Output()
+	if err != nil {
+		b.Fatal(err)
+	}
+	return string(manifests)
+}
+
 // A running mesh gets its authority from cert-manager, whose real controllers run; the
-// CA of the issuer is replaced; cert-manager goes and comes back. Calls under load do
-// not fail at any time, though cert-manager switches at once.
+// CA of the issuer is replaced; cert-manager goes and comes back; then it signs each
+// workload's certificate, see perWorkload. Calls under load do not fail at any time,
+// though cert-manager switches at once.
 func TestCertManager(t *testing.T) {
 	b := open(t)
 	config, err := clientcmd.BuildConfigFromFlags("", b.cluster.Kubeconfig())
@@ -116,18 +133,8 @@ func TestCertManager(t *testing.T) {
 		b.uninstall()
 		b.install()
 	}()
-	helm := exec.CommandContext(t.Context(), "go", "tool", "-modfile=test/tools/helm/go.mod", "helm", "template", "signet", "deploy/chart/signet", "--namespace", system,
-		"--set", "trustDomain="+trustDomain+",namespace.create=true,mesh.svidTTL=20s",
-		"--set-string", "image.tag="+b.version, // which may be all digits
-		"--set", "certManager.enabled=true,certManager.issuerRef.name=company")
-	helm.Dir = project
-	helm.Stderr = t.Output()
-	manifests, err := helm.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
 	began := time.Now()
-	b.apply(string(manifests))
+	b.apply(b.below("intermediate"))
 	b.ready()
 	first := b.settled(own.Roots[0].Fingerprint)
 	t.Logf("cert-manager's root was the mesh's alone within %s", time.Since(began).Round(time.Second))
@@ -158,7 +165,7 @@ func TestCertManager(t *testing.T) {
 	l.judge("without cert-manager, and the control plane started again")
 
 	// It is back, with another CA.
-	controllers.Start(t, config)
+	running = controllers.Start(t, config)
 	began = time.Now()
 	second := b.settled(first.Roots[0].Fingerprint)
 	t.Logf("the issuer's next root was the mesh's alone within %s", time.Since(began).Round(time.Second))
@@ -167,4 +174,6 @@ func TestCertManager(t *testing.T) {
 		t.Errorf("signet check says nothing of it:\n%s", out)
 	}
 	t.Logf("roots: own %.16s, then %.16s, then %.16s", own.Roots[0].Fingerprint, first.Roots[0].Fingerprint, second.Roots[0].Fingerprint)
+
+	l.perWorkload(config, running)
 }
