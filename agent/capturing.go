@@ -380,7 +380,14 @@ func (a *agent) listening(w *mesh.Workload) string {
 	if err != nil {
 		return err.Error()
 	}
-	return missing(sockets, a.ipv6 && slices.ContainsFunc(w.Capture.Addrs, netip.Addr.Is6))
+	wrong := missing(sockets, a.ipv6 && slices.ContainsFunc(w.Capture.Addrs, netip.Addr.Is6))
+	if why, lacks := a.svids.Missing()[w.ID]; lacks && wrong != "" { // without which it does not
+		wrong += ": there is no certificate yet"
+		if why != "" {
+			wrong += ": " + why
+		}
+	}
+	return wrong
 }
 
 // missing names one of the proxy's listeners that is not among the sockets, ""

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
 	controllers "github.com/signet-mesh/signet/test/certmanager"
@@ -158,7 +160,12 @@ func (l *loaded) perWorkload(config *rest.Config, running *controllers.Controlle
 	b.apply(fresh.yaml())
 	condition("False Pending: workloads' certificates do not come: CertificateRequest signet-system/signet-workload-")
 	b.Logf("the condition told it after %s", time.Since(began).Round(time.Second))
-	b.Logf("%s\n%s\n%s", b.statusOf(ns), b.kubectl("-n", ns, "get", "pod", "fresh"), b.kubectl("-n", ns, "get", "events", "--field-selector=involvedObject.name=fresh"))
+	if p, err := b.client.CoreV1().Pods(ns).Get(b.Context(), "fresh", metav1.GetOptions{}); err != nil || p.Status.Phase != corev1.PodPending || b.statusOf(ns) != "enforce: 4 of 5 pods enrolled" {
+		b.Errorf("without a certificate the new pod is %s, and its namespace %q: %v", p.Status.Phase, b.statusOf(ns), err)
+	}
+	if events := b.kubectl("-n", ns, "get", "events", "--field-selector=involvedObject.name=fresh"); !strings.Contains(events, "there is no certificate yet: ") || !strings.Contains(events, "waits for approval") {
+		b.Errorf("no event says why the new pod waits:\n%s", events)
+	}
 	l.judge("without cert-manager")
 	controllers.Start(b.T, config)
 	began = time.Now()
