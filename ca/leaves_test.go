@@ -419,6 +419,23 @@ func TestLeafNotYet(t *testing.T) {
 	}
 }
 
+// What it defends: that who asks hears why no certificate came. A caller whose own
+// patience ends first hears of that alone.
+func TestLeafAnswersInTime(t *testing.T) {
+	w := newPerWorkload(t, false)
+	w.issuer.before = func(ctx context.Context, _ LeafRequest) error {
+		<-ctx.Done()
+		return &UpstreamError{UpstreamPending, "waits for approval"}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	id := spiffeid.RequireFromString("spiffe://mesh.example/ns/shop/sa/web")
+	_, err := w.ask(ctx, id, wholeCSR(t, id, nil))
+	if err == nil || !strings.Contains(err.Error(), "waits for approval") || ctx.Err() != nil {
+		t.Errorf("%v; the caller's patience: %v", err, ctx.Err())
+	}
+}
+
 // The intent is durable before anything is asked for: without a log nothing is.
 func TestLeafIntentFirst(t *testing.T) {
 	w := newPerWorkload(t, false)

@@ -122,8 +122,8 @@ func TestControlPlaneAway(t *testing.T) {
 
 // certificate is what of `kubectl signet certs -o json` these tests look at.
 type certificate struct {
-	Holder, Issuer      string
-	NotBefore, NotAfter time.Time
+	Holder, Issuer, LastError string
+	NotBefore, NotAfter       time.Time
 }
 
 // certificates asks every node; that one of them has a finding is no fault here.

@@ -139,7 +139,7 @@ func (l *loaded) perWorkload(config *rest.Config, running *controllers.Controlle
 	b.eventually(30*time.Second, func() string {
 		for _, c := range b.certificates() {
 			if c.Holder != "node" && c.NotAfter.Sub(c.NotBefore) < time.Minute {
-				return c.Holder + " has a certificate of the shorter life"
+				return fmt.Sprintf("%+v is of the shorter life", c)
 			}
 		}
 		return ""
