@@ -163,9 +163,12 @@ func (l *loaded) perWorkload(config *rest.Config, running *controllers.Controlle
 	if p, err := b.client.CoreV1().Pods(ns).Get(b.Context(), "fresh", metav1.GetOptions{}); err != nil || p.Status.Phase != corev1.PodPending || b.statusOf(ns) != "enforce: 4 of 5 pods enrolled" {
 		b.Errorf("without a certificate the new pod is %s, and its namespace %q: %v", p.Status.Phase, b.statusOf(ns), err)
 	}
-	if events := b.kubectl("-n", ns, "get", "events", "--field-selector=involvedObject.name=fresh"); !strings.Contains(events, "there is no certificate yet: ") || !strings.Contains(events, "waits for approval") {
-		b.Errorf("no event says why the new pod waits:\n%s", events)
-	}
+	b.eventually(30*time.Second, func() string {
+		if events := b.kubectl("-n", ns, "get", "events", "--field-selector=involvedObject.name=fresh"); !strings.Contains(events, "there is no certificate yet: ") || !strings.Contains(events, "waits for approval") {
+			return "no event says why the new pod waits:\n" + events
+		}
+		return ""
+	})
 	l.judge("without cert-manager")
 	controllers.Start(b.T, config)
 	began = time.Now()
