@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -96,15 +97,24 @@ func run(t *testing.T, name string, args ...string) *Controllers {
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	c := &Controllers{stop: cancel, done: make(chan struct{})}
+	started := make(chan error, 1)
+	go func() {
+		defer close(c.done)
+		// The kernel ends the program with the thread that started it. Others end with
+		// the network namespace that they were in.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // it was told to end; how does not matter
+		}
+	}()
+	if err := <-started; err != nil {
 		cancel()
 		t.Fatal(err)
 	}
-	c := &Controllers{stop: cancel, done: make(chan struct{})}
-	go func() {
-		_ = cmd.Wait() // it was told to end; how does not matter
-		close(c.done)
-	}()
 	t.Cleanup(func() {
 		c.Stop()
 		if t.Failed() {
