@@ -170,15 +170,16 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 		{name: "python", argv: []string{at + "/python/venv/bin/python", client}},
 		{name: "rust", argv: []string{at + "/rust/client"}},
 	}}
-	docs := harness.Config(ttl.String()) + harness.Namespace("shop", "enforce")
+	var docs strings.Builder
+	docs.WriteString(harness.Config(ttl.String()) + harness.Namespace("shop", "enforce"))
 	for i, l := range f.languages {
 		l.uid = uint32(firstUID + i)
 		if l.exe, err = filepath.EvalSymlinks(l.argv[0]); err != nil {
 			t.Fatal(err)
 		}
-		docs += harness.Program("shop", l.name, int(l.uid), l.exe)
+		docs.WriteString(harness.Program("shop", l.name, int(l.uid), l.exe))
 	}
-	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs}})
+	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs.String()}})
 	return f
 }
 

@@ -172,7 +172,7 @@ func jumpTo(from, to uint64) []byte {
 // with where each begins.
 func functions() (out []byte, places []int) {
 	const size = 8
-	out = make([]byte, offsets*size)
+	out = append(out, make([]byte, offsets*size)...)
 	for _, s := range stubs {
 		code := bytes.Clone(s.code)
 		for _, d := range s.distances {

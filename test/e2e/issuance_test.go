@@ -22,11 +22,12 @@ spec: {serviceAccount: w%[1]d, attest: {uid: %[2]d}}
 ---
 `, i, 20000+i)
 	}
-	documents := harness.Config("1h") + harness.Namespace("shop", "enforce")
+	var documents strings.Builder
+	documents.WriteString(harness.Config("1h") + harness.Namespace("shop", "enforce"))
 	for i := range count {
-		documents += entry(i)
+		documents.WriteString(entry(i))
 	}
-	m := harness.Start(t, harness.Options{Documents: map[string]string{"mesh.yaml": documents}})
+	m := harness.Start(t, harness.Options{Documents: map[string]string{"mesh.yaml": documents.String()}})
 	held := func(want int) {
 		t.Helper()
 		m.Eventually(20*time.Second, "all certificates", func() error {
@@ -68,7 +69,7 @@ spec: {serviceAccount: w%[1]d, attest: {uid: %[2]d}}
 		t.Errorf("%d certificates came together and %d by themselves, of %d", together, alone, count)
 	}
 	time.Sleep(2 * time.Second) // a while of quiet
-	m.Edit("mesh.yaml", documents+entry(count))
+	m.Edit("mesh.yaml", documents.String()+entry(count))
 	held(count + 1)
 	if got := calls("Issue"); got != alone+1 || calls("IssueMany") != together {
 		t.Errorf("of one that came later %d certificates came by themselves", got-alone)

@@ -35,12 +35,13 @@ func TestSDKExample(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", exe, "../../examples/sdk").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	documents := harness.Config("1h") + harness.Namespace("shop", "enforce")
+	var documents strings.Builder
+	documents.WriteString(harness.Config("1h") + harness.Namespace("shop", "enforce"))
 	uids := map[string]uint32{"ledger": 61101, "billing": 61102, "other": 61103}
 	for name, uid := range uids {
-		documents += harness.Program("shop", name, int(uid), exe)
+		documents.WriteString(harness.Program("shop", name, int(uid), exe))
 	}
-	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": documents}})
+	m := harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": documents.String()}})
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	command := func(as string, args ...string) *exec.Cmd {
@@ -77,7 +78,7 @@ func TestSDKExample(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			m.Edit("mesh.yaml", documents+harness.Allow("shop", "billing-to-ledger", "ledger", []int{port}, "billing"))
+			m.Edit("mesh.yaml", documents.String()+harness.Allow("shop", "billing-to-ledger", "ledger", []int{port}, "billing"))
 			call := func(as string) (string, error) {
 				c := command(as, "call"+kind, address, id)
 				got, err := c.Output()

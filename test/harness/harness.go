@@ -204,14 +204,14 @@ func (m *Mesh) Stop() {
 func (m *Mesh) stop() {
 	m.Stop()
 	if m.t.Failed() {
-		m.t.Logf("log of the mesh (end):\n%s", tail(m.Log(), 16<<10))
+		m.t.Logf("log of the mesh (end):\n%s", tail(m.Log()))
 	}
 	if strings.Contains(m.Log(), "WARNING: DATA RACE") {
-		m.t.Errorf("a data race:\n%s", tail(m.Log(), 16<<10))
+		m.t.Errorf("a data race:\n%s", tail(m.Log()))
 	}
 	for _, bad := range []string{"panic:", "proxy configuration refused"} {
 		if strings.Contains(m.Log(), bad) {
-			m.t.Errorf("the mesh's log has %q:\n%s", bad, tail(m.Log(), 16<<10))
+			m.t.Errorf("the mesh's log has %q:\n%s", bad, tail(m.Log()))
 		}
 	}
 }
@@ -364,7 +364,9 @@ func (m *Mesh) Pod(name string) *lab.Pod {
 	return p
 }
 
-func tail(s string, n int) string {
+// tail is the end of a log.
+func tail(s string) string {
+	const n = 16 << 10
 	if len(s) > n {
 		return s[len(s)-n:]
 	}

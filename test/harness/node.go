@@ -50,11 +50,11 @@ func (m *Mesh) Join(name string) *Node {
 	n.proxy = n.start("signet-proxy", "--node", name, "--state-dir", state, "--run-dir", run, "--envoy", Envoy(m.t), "--threads", "1", "--drain-limit", "0")
 	m.t.Cleanup(func() {
 		if m.t.Failed() {
-			m.t.Logf("log of node %s (end):\n%s", name, tail(n.stderr.String(), 16<<10))
+			m.t.Logf("log of node %s (end):\n%s", name, tail(n.stderr.String()))
 		}
 		for _, bad := range []string{"WARNING: DATA RACE", "panic:", "proxy configuration refused"} {
 			if strings.Contains(n.stderr.String(), bad) {
-				m.t.Errorf("the log of node %s has %q:\n%s", name, bad, tail(n.stderr.String(), 16<<10))
+				m.t.Errorf("the log of node %s has %q:\n%s", name, bad, tail(n.stderr.String()))
 			}
 		}
 	})

@@ -19,7 +19,7 @@ import (
 
 // openTunnel opens a tunnel from a stranger who holds a certificate, and returns it
 // and its own address.
-func openTunnel(t *testing.T, cert *tls.Certificate) (conn *http2.ClientConn, from string) {
+func openTunnel(t *testing.T, cert *tls.Certificate) (conn http.RoundTripper, from string) {
 	t.Helper()
 	local := &net.TCPAddr{Port: int(nextPort.Add(1))}
 	raw, err := (&net.Dialer{LocalAddr: local}).DialContext(t.Context(), "tcp", net.JoinHostPort(shopAddr, "15008"))
@@ -45,7 +45,7 @@ type stream struct {
 
 // connect asks for a connection in a tunnel; of one that is refused the error is
 // what the answer says.
-func connect(ctx context.Context, conn *http2.ClientConn) (*stream, error) {
+func connect(ctx context.Context, conn http.RoundTripper) (*stream, error) {
 	authority := fmt.Sprintf("%s:%d", shopAddr, portNamed)
 	r, w := io.Pipe()
 	resp, err := conn.RoundTrip((&http.Request{
