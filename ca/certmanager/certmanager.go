@@ -98,18 +98,15 @@ func (u *Upstream) Ask(ctx context.Context, req ca.UpstreamRequest) (*ca.Upstrea
 	if err != nil {
 		return nil, err
 	}
-	requests := u.client.CertificateRequests(u.namespace)
-	got, err := requests.Get(ctx, want.Name, metav1.GetOptions{})
+	got, err := u.client.CertificateRequests(u.namespace).Get(ctx, want.Name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
-		if got, err = requests.Create(ctx, want, metav1.CreateOptions{}); apierrors.IsAlreadyExists(err) {
-			got, err = requests.Get(ctx, want.Name, metav1.GetOptions{})
-		}
+		got, err = u.create(ctx, want)
 	}
 	if err != nil {
 		return nil, u.unreachable(err)
 	}
-	if err := same(got, want); err != nil {
-		return nil, &ca.UpstreamError{Reason: ca.UpstreamFailed, Message: fmt.Sprintf("%s is not what was asked for: %v; somebody else made it", u.named(got), err)}
+	if err := u.recognize(got, want); err != nil {
+		return nil, err
 	}
 	answer, err := u.decided(got)
 	var no *ca.UpstreamError
@@ -121,21 +118,50 @@ func (u *Upstream) Ask(ctx context.Context, req ca.UpstreamRequest) (*ca.Upstrea
 
 // request is the CertificateRequest for a CSR.
 func (u *Upstream) request(req ca.UpstreamRequest) (*cmv1.CertificateRequest, error) {
-	csr, err := x509.ParseCertificateRequest(req.CSR)
+	r, sum, err := u.draft(PurposeIntermediate, req.CSR, req.TTL.String(), req.TTL)
 	if err != nil {
-		return nil, fmt.Errorf("certmanager: %w", err)
+		return nil, err
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%x %q %q %q %s", csr.RawSubjectPublicKeyInfo, u.issuer.Group, u.issuer.Kind, u.issuer.Name, req.TTL))
+	r.Name = "signet-intermediate-" + hex.EncodeToString(sum[:8])
+	r.Spec.IsCA, r.Spec.Usages = true, []cmv1.KeyUsage{cmv1.UsageCertSign, cmv1.UsageCRLSign}
+	return r, nil
+}
+
+// draft is a CertificateRequest but for its name and usages, and a hash of its key, its
+// issuer, and what else sets it apart.
+func (u *Upstream) draft(purpose string, der []byte, apart string, ttl time.Duration) (*cmv1.CertificateRequest, [sha256.Size]byte, error) {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, [sha256.Size]byte{}, fmt.Errorf("certmanager: %w", err)
+	}
 	return &cmv1.CertificateRequest{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: u.namespace, Name: "signet-intermediate-" + hex.EncodeToString(sum[:8]),
-			Labels: map[string]string{LabelPurpose: PurposeIntermediate, "app.kubernetes.io/part-of": "signet"},
+			Namespace: u.namespace,
+			Labels:    map[string]string{LabelPurpose: purpose, "app.kubernetes.io/part-of": "signet"},
 		},
 		Spec: cmv1.CertificateRequestSpec{
-			Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: req.CSR}), IssuerRef: u.issuer.ref(),
-			IsCA: true, Usages: []cmv1.KeyUsage{cmv1.UsageCertSign, cmv1.UsageCRLSign}, Duration: &metav1.Duration{Duration: req.TTL},
+			Request:   pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
+			IssuerRef: u.issuer.ref(), Duration: &metav1.Duration{Duration: ttl},
 		},
-	}, nil
+	}, sha256.Sum256(fmt.Appendf(nil, "%x %q %q %q %s", csr.RawSubjectPublicKeyInfo, u.issuer.Group, u.issuer.Kind, u.issuer.Name, apart)), nil
+}
+
+// create makes a request, or returns the one that another replica has made meanwhile.
+func (u *Upstream) create(ctx context.Context, want *cmv1.CertificateRequest) (*cmv1.CertificateRequest, error) {
+	requests := u.client.CertificateRequests(u.namespace)
+	got, err := requests.Create(ctx, want, metav1.CreateOptions{})
+	if apierrors.IsAlreadyExists(err) {
+		return requests.Get(ctx, want.Name, metav1.GetOptions{})
+	}
+	return got, err
+}
+
+// recognize refuses an object that is not the one that was wanted.
+func (u *Upstream) recognize(got, want *cmv1.CertificateRequest) error {
+	if err := same(got, want); err != nil {
+		return &ca.UpstreamError{Reason: ca.UpstreamFailed, Message: fmt.Sprintf("%s is not what was asked for: %v; somebody else made it", u.named(got), err)}
+	}
+	return nil
 }
 
 // same says how an object that is there differs from the one that was wanted. The

@@ -2,12 +2,10 @@ package certmanager
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	cmv1 "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -63,9 +61,7 @@ func (u *Upstream) CertifyLeaf(ctx context.Context, req ca.LeafRequest) (*ca.Ups
 		if err := req.Record(); err != nil {
 			return nil, err
 		}
-		if got, err = requests.Create(ctx, want, metav1.CreateOptions{}); apierrors.IsAlreadyExists(err) {
-			got, err = requests.Get(ctx, want.Name, metav1.GetOptions{})
-		}
+		got, err = u.create(ctx, want)
 	}
 	for wait := firstLook; ; wait = min(2*wait, lastLook) {
 		if err != nil && ends() {
@@ -74,8 +70,8 @@ func (u *Upstream) CertifyLeaf(ctx context.Context, req ca.LeafRequest) (*ca.Ups
 		if err != nil {
 			return nil, u.unreachable(err)
 		}
-		if err := same(got, want); err != nil {
-			return nil, &ca.UpstreamError{Reason: ca.UpstreamFailed, Message: fmt.Sprintf("%s is not what was asked for: %v; somebody else made it", u.named(got), err)}
+		if err := u.recognize(got, want); err != nil {
+			return nil, err
 		}
 		answer, err := u.decided(got)
 		var no *ca.UpstreamError
@@ -102,22 +98,14 @@ func (u *Upstream) CertifyLeaf(ctx context.Context, req ca.LeafRequest) (*ca.Ups
 
 // leaf is the CertificateRequest for a workload.
 func (u *Upstream) leaf(req ca.LeafRequest) (*cmv1.CertificateRequest, error) {
-	csr, err := x509.ParseCertificateRequest(req.CSR)
+	r, sum, err := u.draft(PurposeWorkload, req.CSR, strconv.Quote(req.ID.String()), req.TTL)
 	if err != nil {
-		return nil, fmt.Errorf("certmanager: %w", err)
+		return nil, err
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%x %q %q %q %q", csr.RawSubjectPublicKeyInfo, u.issuer.Group, u.issuer.Kind, u.issuer.Name, req.ID))
-	return &cmv1.CertificateRequest{
-		ObjectMeta: metav1.ObjectMeta{
-			Namespace: u.namespace, Name: "signet-workload-" + hex.EncodeToString(sum[:16]),
-			Labels:      map[string]string{LabelPurpose: PurposeWorkload, "app.kubernetes.io/part-of": "signet"},
-			Annotations: map[string]string{annotationID: req.ID.String()},
-		},
-		Spec: cmv1.CertificateRequestSpec{
-			Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: req.CSR}), IssuerRef: u.issuer.ref(),
-			Usages: []cmv1.KeyUsage{cmv1.UsageDigitalSignature, cmv1.UsageServerAuth, cmv1.UsageClientAuth}, Duration: &metav1.Duration{Duration: req.TTL},
-		},
-	}, nil
+	r.Name = "signet-workload-" + hex.EncodeToString(sum[:16])
+	r.Annotations = map[string]string{annotationID: req.ID.String()}
+	r.Spec.Usages = []cmv1.KeyUsage{cmv1.UsageDigitalSignature, cmv1.UsageServerAuth, cmv1.UsageClientAuth}
+	return r, nil
 }
 
 // refused reports whether a request was decided: no.
