@@ -46,24 +46,15 @@ func links() ([]netlink.Link, error) {
 // guardDiffers names the first link without the guard, "" if there is none.
 func (n *NS) guardDiffers() (string, error) {
 	diff := ""
-	err := n.do(func() error {
-		all, err := links()
-		if err != nil {
-			return err
+	err := n.eachLink("read guard", func(l netlink.Link) error {
+		found, err := guarded(l)
+		if err == nil && !found && diff == "" {
+			diff = fmt.Sprintf("link %s has no guard", l.Attrs().Name)
 		}
-		for _, l := range all {
-			found, err := guarded(l)
-			if err != nil {
-				return err
-			}
-			if !found && diff == "" {
-				diff = fmt.Sprintf("link %s has no guard", l.Attrs().Name)
-			}
-		}
-		return nil
+		return err
 	})
 	if err != nil {
-		return "", fmt.Errorf("capture: %s: read guard: %w", n.path, err)
+		return "", err
 	}
 	return diff, nil
 }
