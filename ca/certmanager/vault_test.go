@@ -118,15 +118,7 @@ func TestVault(t *testing.T) {
 		t.Errorf("below %s, %d roots, a chain of %d", first.Subject, len(a.Bundle()), len(chain))
 	}
 
-	v.shell(examples(t, "sh")[1])
-	due.Store(true)
-	eventually(t, time.Minute, func() error {
-		if n := len(a.Roots()); n != 2 {
-			return fmt.Errorf("%d roots; %+v", n, a.Roots())
-		}
-		return nil
-	})
-	due.Store(false)
+	v.secondRoot(a, &due)
 	if next := a.Roots()[1]; next.Role != ca.RootNext || next.Certificate.Subject.CommonName != "company 2" || !signs(t, a).Equal(first) {
 		t.Errorf("the next root is %+v, and %s signs", next, signs(t, a).Subject)
 	}

@@ -96,15 +96,7 @@ func TestVaultWorkloads(t *testing.T) {
 	v.do("pki/config/urls", map[string]any{"issuing_certificates": ""})
 	good("company")
 
-	v.shell(examples(t, "sh")[1])
-	due.Store(true)
-	eventually(t, time.Minute, func() error {
-		if n := len(a.Roots()); n != 2 {
-			return fmt.Errorf("%d roots; %+v", n, a.Roots())
-		}
-		return nil
-	})
-	due.Store(false)
+	v.secondRoot(a, due)
 	good("company")
 	if err := a.SwitchRoot(); err != nil {
 		t.Fatal(err)

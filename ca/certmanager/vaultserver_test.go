@@ -16,10 +16,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/signet-mesh/signet/ca"
 	"github.com/signet-mesh/signet/test/kubeapiserver"
 )
 
@@ -191,4 +193,19 @@ func instead(t *testing.T, text string, pairs ...string) string {
 		text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
 	}
 	return text
+}
+
+// secondRoot replaces Vault's root, and waits until the authority, which is told to
+// want another intermediate, publishes it.
+func (v *vault) secondRoot(a *ca.Authority, due *atomic.Bool) {
+	v.t.Helper()
+	v.shell(examples(v.t, "sh")[1])
+	due.Store(true)
+	eventually(v.t, time.Minute, func() error {
+		if n := len(a.Roots()); n != 2 {
+			return fmt.Errorf("%d roots; %+v", n, a.Roots())
+		}
+		return nil
+	})
+	due.Store(false)
 }
