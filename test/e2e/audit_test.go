@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net"
 	"slices"
@@ -146,15 +147,6 @@ func (m *auditMesh) compare(records []audit.Record) *auditProblems {
 			m.checkRefused(p, &r)
 		}
 	}
-	take := func(from map[string][]audit.Record, key string) (audit.Record, bool) {
-		if len(from[key]) == 0 {
-			return audit.Record{}, false
-		}
-		r := from[key][0] // records and attempts of one address are in the same order
-		from[key] = from[key][1:]
-		return r, true
-	}
-
 	var translated []attempt // without a record under their own address
 	pods := map[uint64]attempt{}
 	for _, log := range []*traffic{m.inside, m.outside} {
@@ -167,7 +159,7 @@ func (m *auditMesh) compare(records []audit.Record) *auditProblems {
 				p.add("%s: %+v: answered %t, want %t", a.kind, a, a.err == nil, e.answered)
 			}
 			if e.source != "" {
-				if r, ok := take(bySource, a.own+" "+a.to); ok {
+				if r, ok := takeFitting(bySource, a, a.own+" "+a.to); ok {
 					m.checkSource(p, e, a, &r)
 				} else {
 					translated = append(translated, a)
@@ -176,7 +168,7 @@ func (m *auditMesh) compare(records []audit.Record) *auditProblems {
 			switch {
 			case e.destination == "" || e.destination == audit.Allowed: // below, by what the server saw
 			case e.transport == "plaintext":
-				if r, ok := take(byPlain, a.own); ok {
+				if r, ok := takeFitting(byPlain, a, a.own); ok {
 					m.checkPlain(p, e, a, &r)
 				} else {
 					translated = append(translated, a)
@@ -196,9 +188,12 @@ func (m *auditMesh) compare(records []audit.Record) *auditProblems {
 			p.add("the server saw %+v, which no client made", s)
 			continue
 		}
-		r, ok := take(byVia, s.via)
+		var r audit.Record
+		if rs := byVia[s.via]; len(rs) > 0 { // of one address they are in the order of the records
+			r, byVia[s.via] = rs[0], rs[1:]
+		}
 		switch {
-		case !ok:
+		case r.ID == "":
 			p.add("no destination record of %+v, served as %+v", a, s)
 		case r.Source.ID != sa(a.pod) || r.Destination.ID != sa("server") || r.Destination.Workload != "shop/server" || r.Policy != "shop/allow":
 			p.add("the destination record of %+v names the wrong ends or policy: %+v", a, r)
@@ -252,6 +247,30 @@ func (m *auditMesh) checkPlain(p *auditProblems, e expectation, a attempt, r *au
 	}
 }
 
+// takeFitting takes the record of an attempt out of those under some keys. It has to
+// fit the attempt: under the client's own address there may be another's, whose port
+// the kernel translated to this one. Of several that fit, the nearest in time is taken:
+// attempts of one kind differ in nothing else when nobody answered them.
+func takeFitting(from map[string][]audit.Record, a attempt, keys ...string) (audit.Record, bool) {
+	best, bestKey, bestIndex := time.Duration(math.MaxInt64), "", 0
+	for _, key := range keys {
+		for i := range from[key] {
+			r := &from[key][i]
+			fits := r.Source.ID == identity(a.pod) && r.Destination.Address == a.to && !r.Start.Before(a.begin.Add(-time.Second)) && !r.Start.After(a.end.Add(time.Second)) &&
+				(r.Verdict != audit.Allowed || r.BytesSent == a.sent && r.BytesReceived == a.received)
+			if away := r.Start.Sub(a.begin).Abs() + r.End.Sub(a.end).Abs(); fits && away < best {
+				best, bestKey, bestIndex = away, key, i
+			}
+		}
+	}
+	if bestKey == "" {
+		return audit.Record{}, false
+	}
+	r := from[bestKey][bestIndex]
+	from[bestKey] = slices.Delete(slices.Clone(from[bestKey]), bestIndex, bestIndex+1)
+	return r, true
+}
+
 // compareTranslated finds the record of an attempt that has none under its
 // client's address. When a client uses one port towards two destinations, the
 // kernel, which redirects both to the proxy, gives the second another port; and
@@ -263,23 +282,7 @@ func (m *auditMesh) compareTranslated(p *auditProblems, a attempt, bySource, byP
 	if e.source == "" {
 		from, check = byPlain, m.checkPlain
 	}
-	// Of several that fit, the nearest in time: attempts of one kind differ in
-	// nothing else when nobody answered them.
-	best, bestKey, bestIndex := time.Duration(math.MaxInt64), "", 0
-	for key, rs := range from {
-		for i := range rs {
-			r := &rs[i]
-			fits := r.Source.ID == identity(a.pod) && r.Destination.Address == a.to &&
-				!r.Start.Before(a.begin.Add(-time.Second)) && !r.Start.After(a.end.Add(time.Second)) &&
-				(r.Verdict != audit.Allowed || r.BytesSent == a.sent && r.BytesReceived == a.received)
-			if away := r.Start.Sub(a.begin).Abs() + r.End.Sub(a.end).Abs(); fits && away < best {
-				best, bestKey, bestIndex = away, key, i
-			}
-		}
-	}
-	if bestKey != "" {
-		r := from[bestKey][bestIndex]
-		from[bestKey] = slices.Delete(slices.Clone(from[bestKey]), bestIndex, bestIndex+1)
+	if r, ok := takeFitting(from, a, slices.Collect(maps.Keys(from))...); ok {
 		check(p, e, a, &r)
 		return
 	}
