@@ -44,6 +44,9 @@ type liveConn struct {
 	local    netip.AddrPort
 	remote   netip.AddrPort // the application; its port is what policies name
 	direct   string         // workload and caller, where it came without a tunnel
+	// to is the application with which the proxy speaks mutual TLS, where the
+	// connection leaves workload; zero: it arrived there.
+	to spiffeid.ID
 }
 
 func newLive(log *slog.Logger) *live {
@@ -53,7 +56,7 @@ func newLive(log *slog.Logger) *live {
 // load takes up the connections that were open when the agent last ran.
 func (l *live) load(ctx context.Context, store *audit.Store) error {
 	open := true
-	return store.Query(ctx, audit.Filter{Open: &open, Side: audit.Destination}, func(r audit.Record) error {
+	return store.Query(ctx, audit.Filter{Open: &open}, func(r audit.Record) error {
 		if sdkapi.Owns(&r) {
 			return nil // its workload ends it
 		}
@@ -67,7 +70,8 @@ func (l *live) load(ctx context.Context, store *audit.Store) error {
 // was ended from here.
 func (l *live) see(e *audit.Event) {
 	r := &e.Record
-	if r.Side != audit.Destination || r.Transport != "mtls" && r.Transport != audit.Direct {
+	leaves := r.Side == audit.Source && r.Transport == audit.Direct
+	if !leaves && (r.Side != audit.Destination || r.Transport != "mtls" && r.Transport != audit.Direct) {
 		return
 	}
 	l.mu.Lock()
@@ -84,16 +88,25 @@ func (l *live) see(e *audit.Event) {
 		}
 		return
 	}
-	local, err1 := netip.ParseAddrPort(r.Destination.Via)
-	remote, err2 := netip.ParseAddrPort(r.Destination.Address)
+	ends := [2]string{r.Destination.Via, r.Destination.Address}
+	if leaves {
+		ends = [2]string{r.Source.Via, r.Destination.Via}
+	}
+	local, err1 := netip.ParseAddrPort(ends[0])
+	remote, err2 := netip.ParseAddrPort(ends[1])
 	from, err3 := spiffeid.FromString(r.Source.ID)
-	if err := errors.Join(err1, err2, err3); err != nil {
+	c := liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
+	var err4 error
+	switch {
+	case leaves:
+		c.workload = r.Source.Workload
+		c.to, err4 = spiffeid.FromString(r.Destination.ID)
+	case r.Transport == audit.Direct:
+		c.direct = caller(c.workload, r.Source.Address)
+	}
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
 		return
-	}
-	c := liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
-	if r.Transport == audit.Direct {
-		c.direct = caller(c.workload, r.Source.Address)
 	}
 	l.conns[r.ID] = c
 	l.judge(r.ID)
@@ -121,6 +134,14 @@ func (l *live) judge(id string) {
 	}
 	if why, ok := l.state.revoked[c.serial]; ok && why.refused {
 		l.end(id, c, w, why.text())
+		return
+	}
+	if !c.to.IsZero() { // whom the application admits is for it to say
+		if name, cut := l.state.model.Quarantined(c.from); cut {
+			l.end(id, c, w, authz.CallerCutOff(name, c.from.String()))
+		} else if name, cut := l.state.model.Quarantined(c.to); cut {
+			l.end(id, c, w, authz.ApplicationCutOff(name, c.to.String()))
+		}
 		return
 	}
 	d := l.state.model.Decide(authz.Request{
@@ -160,13 +181,13 @@ func (l *live) directs() map[string]bool {
 	return out
 }
 
-// endDirects ends all of those, and returns how many.
+// endDirects ends all of those, and those that leave, and returns how many.
 func (l *live) endDirects(s *nodeState, reason string) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0
 	for id, c := range l.conns {
-		if w := s.workload(c.workload); c.direct != "" && w != nil && w.Capture != nil {
+		if w := s.workload(c.workload); (c.direct != "" || !c.to.IsZero()) && w != nil && w.Capture != nil {
 			l.end(id, c, w, reason)
 			n++
 		}
@@ -184,13 +205,13 @@ func (l *live) forget(lost map[string]bool) {
 	}
 }
 
-// count returns the open connections of a workload.
+// count returns the open connections to a workload.
 func (l *live) count(workload string) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0
 	for _, c := range l.conns {
-		if c.workload == workload {
+		if c.workload == workload && c.to.IsZero() {
 			n++
 		}
 	}

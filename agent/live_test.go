@@ -212,3 +212,52 @@ func TestLiveFollowsDirect(t *testing.T) {
 		t.Errorf("ended %d, %v", n, ended)
 	}
 }
+
+// A connection that the proxy made by mutual TLS with an application ends when either
+// end is quarantined, and no policy of the caller's own namespace ends it.
+func TestLiveLeaving(t *testing.T) {
+	const app = "spiffe://partner.test/ns/pay/sa/ledger"
+	leaving := func(id string) *audit.Event {
+		return &audit.Event{Record: audit.Record{
+			ID: id, Side: audit.Source, Transport: audit.Direct, Reason: "it proved who it is",
+			Source:      audit.Party{ID: web, Workload: "shop/db", Address: "10.0.0.1:40000", Via: "10.0.0.1:" + id},
+			Destination: audit.Party{ID: app, Address: "10.96.0.1:80", Via: "10.9.0.1:8443"},
+		}}
+	}
+	for _, cut := range []string{web, app} {
+		l := newLive(slog.New(slog.DiscardHandler))
+		var ended []string
+		l.destroy = func(netns string, local, remote netip.AddrPort) error {
+			ended = append(ended, netns+" "+local.String()+" "+remote.String())
+			return nil
+		}
+		s := stateWith(mesh.ModeEnforce)
+		l.update(s)
+		l.see(leaving("1001"))
+		l.see(opened("1002", batch, "10.0.0.1:9999")) // no policy admits it
+		if len(ended) != 1 || !strings.Contains(ended[0], ":1002") || l.count("shop/db") != 0 || len(l.directs()) != 0 {
+			t.Fatalf("ended %v, counted %d, direct %v", ended, l.count("shop/db"), l.directs())
+		}
+		p, err := authz.ParsePattern(cut)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s = stateWith(mesh.ModeEnforce)
+		s.model = s.model.WithQuarantines(spiffeid.RequireTrustDomainFromString("mesh.test"), []authz.Quarantine{{Name: "incident", Identities: []authz.Pattern{p}}})
+		l.update(s)
+		if len(ended) != 2 || ended[1] != "/run/netns/db 10.0.0.1:1001 10.9.0.1:8443" {
+			t.Fatalf("%s is cut off: ended %v", cut, ended)
+		}
+		last := leaving("1001")
+		last.Final = true
+		l.see(last)
+		if last.Record.Ended != "revoked" || !strings.Contains(last.Record.Reason, `revoked: quarantined by "incident"`) {
+			t.Errorf("the record says %q, %q", last.Record.Ended, last.Record.Reason)
+		}
+		l.update(stateWith(mesh.ModeEnforce))
+		l.see(leaving("1003"))
+		if n := l.endDirects(l.state, "distrusted"); n != 1 || len(ended) != 3 {
+			t.Errorf("with a distrusted root %d end: %v", n, ended)
+		}
+	}
+}

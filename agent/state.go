@@ -124,7 +124,7 @@ func parseState(m *nodev1.NodeState, node string) (*nodeState, error) {
 	}
 	var policies []authz.Policy
 	for _, p := range m.GetPolicies() {
-		out := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount(), Terminate: p.GetTerminate()}
+		out := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount(), Terminate: p.GetTerminate(), Originate: p.GetOriginate(), ALPN: p.GetAlpn()}
 		for _, port := range p.GetPorts() {
 			out.Ports = append(out.Ports, uint16(port))
 		}

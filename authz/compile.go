@@ -3,6 +3,7 @@ package authz
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -121,9 +122,33 @@ func (c *compiler) tls() {
 		if len(c.doc.Spec.Ports) == 0 {
 			c.fault("spec.tls", "needs spec.ports; name the ports on which the application takes plain bytes from the proxy")
 		}
+	case v1alpha1.TLSOriginate:
+		c.policy.Originate = true
+		if len(c.doc.Spec.Ports) == 0 {
+			c.fault("spec.tls", "needs spec.ports; name the ports on which the application asks for mutual TLS")
+		}
 	default:
-		c.fault("spec.tls", "%q is not known; write %s, or leave it out", c.doc.Spec.TLS, v1alpha1.TLSTerminate)
+		c.fault("spec.tls", "%q is not known; write %s or %s, or leave it out", c.doc.Spec.TLS, v1alpha1.TLSTerminate, v1alpha1.TLSOriginate)
 	}
+	c.policy.ALPN = c.doc.Spec.ALPN
+	switch err := CheckALPN(c.policy.ALPN); {
+	case c.policy.ALPN == "":
+	case !c.policy.Originate:
+		c.fault("spec.alpn", "needs spec.tls: %s, for it is what the proxies of callers offer in that TLS", v1alpha1.TLSOriginate)
+	case err != nil:
+		c.fault("spec.alpn", "%v", err)
+	}
+}
+
+var alpn = regexp.MustCompile(`^[A-Za-z0-9._/+-]{1,255}$`)
+
+// CheckALPN says why a text is not the name of a protocol that TLS can agree on (RFC
+// 7301, section 6). Of the names that are possible, those that are in use are taken.
+func CheckALPN(s string) error {
+	if !alpn.MatchString(s) {
+		return fmt.Errorf("%.64q is no protocol; write what the application agrees on, such as h2", s)
+	}
+	return nil
 }
 
 func (c *compiler) from() {

@@ -30,18 +30,15 @@ func (d Domains) pattern(s string) (Pattern, error) {
 	return pattern, checkForeign(pattern)
 }
 
-// CheckForeign says why an identity cannot be that of a workload of another mesh. If
-// not all Federations are known, its trust domain may be any other.
-func (d Domains) CheckForeign(id spiffeid.ID, anyDomain bool) error {
-	if id.TrustDomain() == d.Own {
-		return fmt.Errorf("%q is of this mesh; give the endpoint as workload", id)
-	}
+// CheckWorkload says why an identity cannot be that of a workload that the mesh calls.
+// If not all Federations are known, its trust domain may be any.
+func (d Domains) CheckWorkload(id spiffeid.ID, anyDomain bool) error {
 	if anyDomain {
 		d.Foreign = append(slices.Clone(d.Foreign), id.TrustDomain())
 	}
 	pattern, err := d.pattern(id.String())
-	if _, exact := pattern.Exact(); err == nil && !exact {
-		err = fmt.Errorf("%q is no identity", id)
+	if _, exact := pattern.Exact(); err == nil && (!exact || !ofWorkload(pattern)) {
+		err = fmt.Errorf("%q is no identity of a workload; those are spiffe://%s/ns/<namespace>/sa/<service account>", id, id.TrustDomain().Name())
 	}
 	return err
 }
@@ -49,9 +46,13 @@ func (d Domains) CheckForeign(id spiffeid.ID, anyDomain bool) error {
 // checkForeign holds a pattern of another trust domain to what a proxy compares
 // without knowing who exists there.
 func checkForeign(p Pattern) error {
-	s := strings.Split(p.path, "/")
-	if len(s) != 5 || s[1] != "ns" || s[2] == "*" || s[3] != "sa" {
+	if !ofWorkload(p) {
 		return fmt.Errorf("SPIFFE ID pattern %q is of another trust domain; of those, spiffe://%s/ns/<namespace>/sa/<service account> can be named, with * for the service account only", p, p.td.Name())
 	}
 	return nil
+}
+
+func ofWorkload(p Pattern) bool {
+	s := strings.Split(p.path, "/")
+	return len(s) == 5 && s[1] == "ns" && s[2] != "*" && s[3] == "sa"
 }

@@ -21,6 +21,11 @@ type Policy struct {
 	// Terminate has mutual TLS that reaches Ports without a tunnel ended in
 	// front of the target. It admits nobody, and without ports it means nothing.
 	Terminate bool
+	// Originate says that the target speaks mutual TLS on Ports itself, so that
+	// proxies speak it for callers that do not. Likewise.
+	Originate bool
+	// ALPN is what they offer in it; empty: nothing.
+	ALPN string
 	// From lists the callers that are admitted; empty admits nobody.
 	From []Pattern
 }
@@ -126,7 +131,8 @@ func (m *Model) Grants(t Target) []Grant {
 // Terminated returns the policies that have mutual TLS without a tunnel ended in
 // front of the target, by port: "namespace/name", the first in lexical order when
 // several do. Policies cannot contradict each other about a port: one that does
-// not say Terminate says nothing about it.
+// not say Terminate says nothing about it, and there is nothing to end where the
+// target itself speaks TLS (Originated).
 func (m *Model) Terminated(t Target) map[uint16]string {
 	out := map[uint16]string{}
 	for _, p := range m.protecting(t) {
@@ -137,6 +143,36 @@ func (m *Model) Terminated(t Target) map[uint16]string {
 			if _, known := out[port]; !known {
 				out[port] = p.Key()
 			}
+		}
+	}
+	for port := range m.Originated(t) {
+		delete(out, port)
+	}
+	return out
+}
+
+// Origination says that a target itself speaks mutual TLS on a port.
+type Origination struct {
+	Policy string   // "namespace/name", the first in lexical order when several say it
+	ALPN   []string // what is offered in it: what any of them says
+}
+
+// Originated returns the ports on which the target speaks mutual TLS itself.
+func (m *Model) Originated(t Target) map[uint16]Origination {
+	out := map[uint16]Origination{}
+	for _, p := range m.protecting(t) {
+		if !p.Originate {
+			continue
+		}
+		for _, port := range p.Ports {
+			o, known := out[port]
+			if !known {
+				o.Policy = p.Key()
+			}
+			if p.ALPN != "" && !slices.Contains(o.ALPN, p.ALPN) {
+				o.ALPN = append(o.ALPN, p.ALPN)
+			}
+			out[port] = o
 		}
 	}
 	return out

@@ -127,6 +127,12 @@ func CallerCutOff(quarantine, caller string) string {
 	return fmt.Sprintf("quarantined by %q: caller %s is cut off", quarantine, caller)
 }
 
+// ApplicationCutOff returns the words of a denial because an application that speaks
+// mutual TLS itself is cut off.
+func ApplicationCutOff(quarantine, application string) string {
+	return fmt.Sprintf("quarantined by %q: application %s is cut off", quarantine, application)
+}
+
 func targetCutOff(quarantine string, t Target) string {
 	return fmt.Sprintf("quarantined by %q: target %s is cut off", quarantine, t)
 }

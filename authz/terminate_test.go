@@ -2,6 +2,7 @@ package authz
 
 import (
 	"maps"
+	"slices"
 	"testing"
 
 	"github.com/signet-mesh/signet/api/v1alpha1"
@@ -59,5 +60,55 @@ func TestTerminated(t *testing.T) {
 				t.Errorf("%s, port %d: %+v without, %+v with", from, port, a, b)
 			}
 		}
+	}
+}
+
+// Which ports a target speaks TLS on itself is what its policies say together. There is
+// nothing to end in front of it there, whatever another policy says, and nobody is let
+// in by it.
+func TestOriginated(t *testing.T) {
+	policy := func(name, target, tls, alpn string, ports ...int32) v1alpha1.AllowPolicy {
+		doc := allowPolicy("shop", name, target, ports, v1alpha1.Peer{ServiceAccount: "client"})
+		doc.Spec.TLS, doc.Spec.ALPN = tls, alpn
+		return doc
+	}
+	docs := []v1alpha1.AllowPolicy{
+		policy("c", "web", "originate", "h2", 8443, 9443),
+		policy("b", "", "originate", "", 8443),
+		policy("d", "web", "originate", "http/1.1", 8443),
+		policy("a", "web", "terminate", "", 8443, 7443),
+	}
+	m, diagnostics := Compile(td, append(slices.Clone(docs),
+		policy("bad1", "web", "originate", ""), policy("bad2", "web", "", "h2", 80), policy("bad3", "web", "terminate", "h2", 80),
+		policy("bad4", "web", "originate", "h2,spdy", 80), policy("bad5", "web", "originate", "a b", 80)))
+	if len(diagnostics) != 5 || len(m.Policies()) != len(docs) {
+		t.Fatalf("diagnostics %+v", diagnostics)
+	}
+	got := m.Originated(Target{"shop", "web"})
+	if len(got) != 2 || got[8443].Policy != "shop/b" || !slices.Equal(got[8443].ALPN, []string{"h2", "http/1.1"}) || got[9443].Policy != "shop/c" || !slices.Equal(got[9443].ALPN, []string{"h2"}) {
+		t.Errorf("%+v", got)
+	}
+	if got := m.Terminated(Target{"shop", "web"}); !maps.Equal(got, map[uint16]string{7443: "shop/a"}) {
+		t.Errorf("ended are %v", got)
+	}
+	if len(m.Originated(Target{"ops", "web"})) != 0 || len((*Model)(nil).Originated(Target{"shop", "web"})) != 0 {
+		t.Error("somebody else's, or nobody's")
+	}
+	seen := map[string]bool{}
+	for _, tls := range []string{"", "terminate", "originate"} {
+		for _, alpn := range []string{"", "h2"} {
+			if alpn != "" && tls != "originate" {
+				continue
+			}
+			one, _ := Compile(td, []v1alpha1.AllowPolicy{policy("p", "web", tls, alpn, 8443)})
+			seen[one.Version(Target{"shop", "web"})] = true
+			id, _ := identity(td, "shop", "other")
+			if one.Decide(Request{From: id, Target: Target{"shop", "web"}, Port: 8443}).Verdict == Allow {
+				t.Errorf("tls %q lets somebody in", tls)
+			}
+		}
+	}
+	if len(seen) != 4 {
+		t.Errorf("%d versions of 4 policies", len(seen))
 	}
 }

@@ -18,6 +18,9 @@ func (m *Model) Version(t Target) string {
 		if p.Terminate {
 			fmt.Fprintf(h, "terminate %q\n", p.Key())
 		}
+		if p.Originate {
+			fmt.Fprintf(h, "originate %q %q\n", p.Key(), p.ALPN)
+		}
 	}
 	if m != nil {
 		for _, q := range m.quarantines {
@@ -43,7 +46,9 @@ type PolicyContent struct {
 	Ports                   []uint16
 	From                    []string
 	// Absent when it is not, so that meshes without any keep their hashes.
-	Terminate bool `json:",omitempty"`
+	Terminate bool   `json:",omitempty"`
+	Originate bool   `json:",omitempty"`
+	ALPN      string `json:",omitempty"`
 }
 
 // QuarantineContent is a Quarantine with its patterns as text.
@@ -56,7 +61,7 @@ type QuarantineContent struct {
 func (m *Model) Content() Content {
 	var out Content
 	for _, p := range m.Policies() {
-		out.Policies = append(out.Policies, PolicyContent{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From), p.Terminate})
+		out.Policies = append(out.Policies, PolicyContent{p.Namespace, p.Name, p.TargetServiceAccount, p.Ports, texts(p.From), p.Terminate, p.Originate, p.ALPN})
 	}
 	for _, q := range m.Quarantines() {
 		out.Quarantines = append(out.Quarantines, QuarantineContent{q.Name, q.Reason, texts(q.Identities), q.Nodes})

@@ -58,7 +58,7 @@ func parse(r *sdkv1.Rules) (*rules, error) {
 	}
 	var policies []authz.Policy
 	for _, p := range r.GetPolicies() {
-		policy := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount(), Terminate: p.GetTerminate()}
+		policy := authz.Policy{Namespace: p.GetNamespace(), Name: p.GetName(), TargetServiceAccount: p.GetTargetServiceAccount(), Terminate: p.GetTerminate(), Originate: p.GetOriginate(), ALPN: p.GetAlpn()}
 		for _, port := range p.GetPorts() {
 			if port == 0 || port > 65535 {
 				return nil, fmt.Errorf("policy %s: port %d", policy.Key(), port)

@@ -11,6 +11,7 @@ import (
 const (
 	LineOutbound  = "out"       // a captured outbound connection ended
 	LineTunnel    = "tunnel"    // a tunnelled one opened, or ended
+	LineOriginate = "originate" // one left as mutual TLS with an application: opened, or ended
 	LineInbound   = "in"        // a tunnelled one arrived: opened, ended or was refused
 	LineHandshake = "handshake" // a connection to the tunnel port ended
 	LinePlain     = "plain"     // one without a tunnel ended
@@ -25,6 +26,7 @@ var lineFields = map[string]map[string]string{
 		"upstream": "%UPSTREAM_HOST%",
 		"cluster":  "%UPSTREAM_CLUSTER%",
 		"failure":  "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+		"want":     "%UPSTREAM_METADATA(" + metadataKey + ":" + metaIdentity + ")%",
 	},
 	LineTunnel: {
 		"conn":      "%FILTER_STATE(" + stateConn + ":PLAIN)%",
@@ -39,6 +41,18 @@ var lineFields = map[string]map[string]string{
 		"group":     "%UPSTREAM_TLS_GROUP%",
 		"failure":   "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
 		"responded": "%FILTER_STATE(envoy.tcp_proxy.propagate_response_headers:TYPED)%",
+	},
+	LineOriginate: {
+		"conn":     "%FILTER_STATE(" + stateConn + ":PLAIN)%",
+		"client":   "%FILTER_STATE(envoy.tls.certificate_mappers.on_demand_secret:PLAIN)%",
+		"peer":     "%UPSTREAM_PEER_URI_SAN%",
+		"want":     endpointMeta(metaIdentity),
+		"endpoint": endpointMeta(metaAuthority),
+		"local":    "%UPSTREAM_LOCAL_ADDRESS%",
+		"tls":      "%UPSTREAM_TLS_VERSION%",
+		"cipher":   "%UPSTREAM_TLS_CIPHER%",
+		"group":    "%UPSTREAM_TLS_GROUP%",
+		"failure":  "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
 	},
 	LineInbound: {
 		"peer":      "%DOWNSTREAM_PEER_URI_SAN%",

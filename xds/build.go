@@ -33,7 +33,7 @@ type Options struct {
 // policies and identities that concern them, so the node's agent builds it, by
 // itself if it must.
 func Local(v *mesh.View, node string, o Options) (Set, error) {
-	return build(v, node, o, (*builder).sharedClusters, (*builder).tunnelListener, (*builder).foreignTunnels, (*builder).workloadListeners, (*builder).workloadRoutes)
+	return build(v, node, o, (*builder).sharedClusters, (*builder).tunnelListener, (*builder).foreignTunnels, (*builder).originators, (*builder).workloadListeners, (*builder).workloadRoutes)
 }
 
 // Destinations returns the clusters of what the node's workloads are allowed to

@@ -3,6 +3,7 @@ package xds
 import (
 	"net/netip"
 	"slices"
+	"strings"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -27,11 +28,11 @@ func Destination(v *mesh.View, node, name string) (Resource, bool) {
 	if !ok || v == nil || v.State == nil {
 		return Resource{}, false
 	}
-	where, ok := resolve(v.State, node, addr)
+	where, ok := resolve(v, node, addr)
 	if !ok {
 		return Resource{}, false
 	}
-	r, err := NewResource(name, where.cluster(name))
+	r, err := NewResource(name, where.cluster(name, v.State.TrustDomain))
 	return r, err == nil
 }
 
@@ -56,8 +57,12 @@ func Refused(name string) (Resource, bool) {
 // hop is where a connection to a destination may go.
 type hop struct {
 	addr     netip.AddrPort
-	workload *mesh.Workload // nil: outside the mesh
-	foreign  spiffeid.ID    // who must answer there; zero: nobody, it is called in plain
+	workload *mesh.Workload // nil: not called by a tunnel of this mesh
+	identity spiffeid.ID    // who must answer there; zero: nobody, it is called in plain
+	// originate: mutual TLS is spoken with the application itself, inside the tunnel
+	// of a workload, or without a tunnel elsewhere; alpn is offered in it.
+	originate bool
+	alpn      []string
 }
 
 // destination is what an address stands for.
@@ -67,16 +72,17 @@ type destination struct {
 }
 
 // resolve finds the endpoints behind an address, as seen from a node.
-func resolve(s *mesh.State, node string, addr netip.AddrPort) (destination, bool) {
+func resolve(v *mesh.View, node string, addr netip.AddrPort) (destination, bool) {
+	s := v.State
 	switch addr.Port() {
 	case 0, mesh.PortOutbound, mesh.PortInbound, mesh.PortTunnel:
 		return destination{}, false
 	}
 	if svc := s.ServiceAt(addr.Addr()); svc != nil {
-		return resolveService(s, node, svc, addr)
+		return resolveService(v, node, svc, addr)
 	}
 	if w := s.WorkloadAt(addr.Addr()); w != nil {
-		return destination{hops: []hop{{addr: addr, workload: meshed(s, w)}}}, true
+		return destination{hops: []hop{workloadHop(v, w, addr)}}, true
 	}
 	if s.RefuseUnknown || linkLocal6(addr.Addr()) {
 		return destination{}, false
@@ -91,7 +97,7 @@ func linkLocal6(a netip.Addr) bool { return a.Is6() && a.IsLinkLocalUnicast() }
 
 // resolveService finds the endpoints as kube-proxy does: those that end are
 // called where, for this port and this caller's node, there is no other.
-func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.AddrPort) (destination, bool) {
+func resolveService(v *mesh.View, node string, svc *mesh.Service, vip netip.AddrPort) (destination, bool) {
 	for i, p := range svc.Ports {
 		if p.Port != vip.Port() {
 			continue
@@ -104,7 +110,7 @@ func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.Add
 			if !ok || svc.Local && e.Node != node {
 				continue
 			}
-			h, ok := endpointHop(s, e, target, vip.Addr().Is4())
+			h, ok := endpointHop(v, e, target, vip.Addr().Is4())
 			switch {
 			case !ok:
 			case e.Ending:
@@ -122,26 +128,46 @@ func resolveService(s *mesh.State, node string, svc *mesh.Service, vip netip.Add
 }
 
 // endpointHop is where an endpoint is reached by a family, if it is.
-func endpointHop(s *mesh.State, e *mesh.Endpoint, port uint16, four bool) (hop, bool) {
+func endpointHop(v *mesh.View, e *mesh.Endpoint, port uint16, four bool) (hop, bool) {
 	if e.Workload == "" {
-		h := hop{addr: netip.AddrPortFrom(e.Addr, port), foreign: e.Foreign}
-		return h, e.Addr.Is4() == four && (e.Foreign.IsZero() || federated(s, e.Foreign.TrustDomain()))
+		h := hop{addr: netip.AddrPortFrom(e.Addr, port), identity: e.Identity, originate: e.Originate}
+		if e.ALPN != "" {
+			h.alpn = []string{e.ALPN}
+		}
+		return h, e.Addr.Is4() == four && (e.Identity.IsZero() || provable(v, e))
 	}
-	w := s.Workload(e.Workload)
+	w := v.State.Workload(e.Workload)
 	if w == nil || w.Capture == nil {
 		return hop{}, false
 	}
 	for _, a := range w.Capture.Addrs {
 		if a.Is4() == four {
-			return hop{addr: netip.AddrPortFrom(a, port), workload: meshed(s, w)}, true
+			return workloadHop(v, w, netip.AddrPortFrom(a, port)), true
 		}
 	}
 	return hop{}, false
 }
 
-// federated reports whether names of a trust domain can be proven.
-func federated(s *mesh.State, td spiffeid.TrustDomain) bool {
-	return slices.ContainsFunc(s.Federations, func(f mesh.Federation) bool { return f.TrustDomain == td })
+// workloadHop is how a workload is reached at an address of its own.
+func workloadHop(v *mesh.View, w *mesh.Workload, addr netip.AddrPort) hop {
+	h := hop{addr: addr, workload: meshed(v.State, w)}
+	if h.workload != nil {
+		h.identity = w.ID
+		o, originate := v.Model.Originated(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})[addr.Port()]
+		h.originate, h.alpn = originate, o.ALPN
+	}
+	return h
+}
+
+// provable reports whether whoever must answer at an address can prove it, and is
+// not cut off.
+func provable(v *mesh.View, e *mesh.Endpoint) bool {
+	if _, cut := v.Model.Quarantined(e.Identity); cut {
+		return false
+	}
+	td := e.Identity.TrustDomain()
+	return td == v.State.TrustDomain && e.Originate ||
+		slices.ContainsFunc(v.State.Federations, func(f mesh.Federation) bool { return f.TrustDomain == td })
 }
 
 // meshed returns w if connections to it must go through a tunnel.
@@ -154,17 +180,18 @@ func meshed(s *mesh.State, w *mesh.Workload) *mesh.Workload {
 
 // cluster: an endpoint of the mesh is the internal tunnel listener
 // with metadata that says where the tunnel goes and who must answer; an
-// endpoint outside the mesh is its address.
-func (d destination) cluster(name string) *clusterv3.Cluster {
+// endpoint outside the mesh is its address. TLS of the application's own that goes
+// by a tunnel is the endpoint's transport; see originated.
+func (d destination) cluster(name string, td spiffeid.TrustDomain) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
 	plain, six := false, false
 	for _, h := range d.hops {
-		if h.workload == nil && h.foreign.IsZero() {
+		if h.identity.IsZero() {
 			plain, six = true, six || h.addr.Addr().Is6()
 			eps = append(eps, plainEndpoint(h.addr))
 			continue
 		}
-		eps = append(eps, tunnelEndpoint(h))
+		eps = append(eps, securedEndpoint(h, td))
 	}
 	c := &clusterv3.Cluster{
 		Name:                 name,
@@ -175,10 +202,8 @@ func (d destination) cluster(name string) *clusterv3.Cluster {
 			ClusterName: name,
 			Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: eps}},
 		},
-		TransportSocket: internalUpstream(&internalv3.InternalUpstreamTransport_MetadataValueSource{
-			Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
-			Name: metadataKey,
-		}),
+		TransportSocketMatches: d.insideTunnels(td),
+		TransportSocket:        internalUpstream(rawBuffer(), endpointMetadata()),
 	}
 	if plain {
 		c.UpstreamBindConfig = insideNamespace(six)
@@ -198,22 +223,24 @@ func plainEndpoint(a netip.AddrPort) *endpointv3.LbEndpoint {
 	}}}
 }
 
-func tunnelEndpoint(h hop) *endpointv3.LbEndpoint {
-	meta, listener := map[string]string{
-		metaTunnel:    netip.AddrPortFrom(h.addr.Addr(), mesh.PortTunnel).String(),
-		metaAuthority: h.addr.String(),
-	}, listenerTunnel
-	if h.workload != nil {
-		meta[metaIdentity], meta[metaWorkload] = h.workload.ID.String(), h.workload.Key()
-	} else { // what its mesh calls it is not known here
-		meta[metaIdentity], listener = h.foreign.String(), foreignTunnel(h.foreign.TrustDomain())
+// securedEndpoint is an internal listener from which a connection goes on by mutual
+// TLS, with metadata that says where to and who must answer.
+func securedEndpoint(h hop, own spiffeid.TrustDomain) *endpointv3.LbEndpoint {
+	meta := map[string]string{metaAuthority: h.addr.String(), metaIdentity: h.identity.String()}
+	var listener string
+	switch {
+	case h.workload != nil:
+		meta[metaWorkload], listener = h.workload.Key(), listenerTunnel
+	case h.originate:
+		meta[metaALPN], listener = strings.Join(h.alpn, ","), originateName(h.identity.TrustDomain(), own)
+	default: // what its mesh calls it is not known here
+		listener = foreignTunnel(h.identity.TrustDomain())
 	}
-	fields := map[string]*structpb.Value{}
-	for k, v := range meta {
-		fields[k] = structpb.NewStringValue(v)
+	if h.workload != nil || !h.originate {
+		meta[metaTunnel] = netip.AddrPortFrom(h.addr.Addr(), mesh.PortTunnel).String()
 	}
-	return &endpointv3.LbEndpoint{
-		Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metadataKey: {Fields: fields}}},
+	out := &endpointv3.LbEndpoint{
+		Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metadataKey: textStruct(meta)}},
 		HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
 			Address: &corev3.Address{Address: &corev3.Address_EnvoyInternalAddress{EnvoyInternalAddress: &corev3.EnvoyInternalAddress{
 				AddressNameSpecifier: &corev3.EnvoyInternalAddress_ServerListenerName{ServerListenerName: listener},
@@ -221,20 +248,47 @@ func tunnelEndpoint(h hop) *endpointv3.LbEndpoint {
 			}}},
 		}},
 	}
+	if h.workload != nil && h.originate {
+		out.Metadata.FilterMetadata["envoy.transport_socket_match"] = textStruct(map[string]string{insideTunnel: h.insideTunnel()})
+	}
+	return out
+}
+
+// textStruct leaves out what is empty.
+func textStruct(values map[string]string) *structpb.Struct {
+	out := &structpb.Struct{Fields: map[string]*structpb.Value{}}
+	for k, v := range values {
+		if v != "" {
+			out.Fields[k] = structpb.NewStringValue(v)
+		}
+	}
+	return out
 }
 
 // internalUpstream passes shared filter state to an internal listener, and
-// metadata.
-func internalUpstream(metadata ...*internalv3.InternalUpstreamTransport_MetadataValueSource) *corev3.TransportSocket {
+// metadata. What is said to it goes through another transport first.
+func internalUpstream(through *corev3.TransportSocket, metadata ...*internalv3.InternalUpstreamTransport_MetadataValueSource) *corev3.TransportSocket {
 	return &corev3.TransportSocket{
 		Name: "envoy.transport_sockets.internal_upstream",
 		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&internalv3.InternalUpstreamTransport{
 			PassthroughMetadata: metadata,
-			TransportSocket: &corev3.TransportSocket{
-				Name:       "envoy.transport_sockets.raw_buffer",
-				ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&rawv3.RawBuffer{})},
-			},
+			TransportSocket:     through,
 		})},
+	}
+}
+
+func rawBuffer() *corev3.TransportSocket {
+	return &corev3.TransportSocket{
+		Name:       "envoy.transport_sockets.raw_buffer",
+		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&rawv3.RawBuffer{})},
+	}
+}
+
+// endpointMetadata is what securedEndpoint says.
+func endpointMetadata() *internalv3.InternalUpstreamTransport_MetadataValueSource {
+	return &internalv3.InternalUpstreamTransport_MetadataValueSource{
+		Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
+		Name: metadataKey,
 	}
 }
 
@@ -287,8 +341,8 @@ func (b *builder) allowedDestinations() {
 				e := &svc.Endpoints[j]
 				target, ok := e.Target(svc, k)
 				w := s.Workload(e.Workload)
-				// Whom another mesh admits is not known here.
-				if ok && (w != nil && admits(w, target) || !e.Foreign.IsZero()) {
+				// Whom another mesh admits, or an application by itself, is not known here.
+				if ok && (w != nil && admits(w, target) || !e.Identity.IsZero()) {
 					for _, vip := range svc.VIPs {
 						push(netip.AddrPortFrom(vip, p.Port))
 					}

@@ -143,7 +143,7 @@ func directCluster(w *mesh.Workload) *clusterv3.Cluster {
 				}},
 			}}}},
 		},
-		TransportSocket: internalUpstream(),
+		TransportSocket: internalUpstream(rawBuffer()),
 		TypedExtensionProtocolOptions: map[string]*anypb.Any{
 			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
 				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{MaxRequestsPerConnection: u32(1)},

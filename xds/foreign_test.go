@@ -27,7 +27,7 @@ func TestForeignDestination(t *testing.T) {
 		TrustDomain: spiffeid.RequireTrustDomainFromString("mesh.test"), SVIDTTL: time.Hour,
 		Federations: []mesh.Federation{{TrustDomain: td}},
 		Services: []mesh.Service{{Namespace: "shop", Name: "ledger", VIPs: []netip.Addr{vip}, Ports: []mesh.ServicePort{{Port: 80, Target: 8080}},
-			Endpoints: []mesh.Endpoint{{Addr: netip.MustParseAddr("10.1.0.7"), Foreign: ledger}}}},
+			Endpoints: []mesh.Endpoint{{Addr: netip.MustParseAddr("10.1.0.7"), Identity: ledger}}}},
 	}
 	v := &mesh.View{Revision: "1", Model: authz.NewModel(nil), State: state}
 	name := DestinationName(netip.AddrPortFrom(vip, 80))

@@ -131,7 +131,7 @@ func TestNodeScope(t *testing.T) {
 	}
 	for _, typeURL := range []string{TypeListener, TypeRoute} {
 		for name := range set[typeURL] {
-			if name != listenerTunnel && !strings.HasSuffix(name, "|shop/db") {
+			if name != listenerTunnel && name != originatePrefix && !strings.HasSuffix(name, "|shop/db") {
 				t.Errorf("node n2 gets %q of another node", name)
 			}
 		}
@@ -139,8 +139,8 @@ func TestNodeScope(t *testing.T) {
 	if set, err = whole(view(t, "shop.yaml"), "stranger", Options{}); err != nil {
 		t.Fatal(err)
 	}
-	if len(set[TypeRoute]) != 0 || len(set[TypeListener]) != 1 {
-		t.Errorf("a node without workloads gets %d listeners and %d routes, want 1 and 0", len(set[TypeListener]), len(set[TypeRoute]))
+	if len(set[TypeRoute]) != 0 || len(set[TypeListener]) != 2 {
+		t.Errorf("a node without workloads gets %d listeners and %d routes, want 2 and 0", len(set[TypeListener]), len(set[TypeRoute]))
 	}
 }
 
@@ -192,7 +192,7 @@ func TestDestinations(t *testing.T) {
 // endpoint given by address only must not turn that off.
 func TestNoPlainWayToEnrolled(t *testing.T) {
 	v := view(t, "shop.yaml")
-	d, ok := resolve(v.State, "n1", netip.MustParseAddrPort("10.88.0.3:80"))
+	d, ok := resolve(v, "n1", netip.MustParseAddrPort("10.88.0.3:80"))
 	if !ok || len(d.hops) != 1 || d.hops[0].workload == nil {
 		t.Fatalf("an enrolled workload's address resolves to %+v, want a tunnel to it", d.hops)
 	}
@@ -225,7 +225,7 @@ func TestServiceKeepsToTheNode(t *testing.T) {
 		{"n1", 80, "192.0.2.1:1080"}, {"n1", 81, ""}, {"n2", 80, "192.0.2.2:8080"}, {"n2", 81, "192.0.2.2:8081"}, {"n3", 80, ""},
 		{"n4", 80, "192.0.2.4:8080"}, {"n5", 80, "192.0.2.5:8080"}, {"n5", 81, "192.0.2.6:8081"},
 	} {
-		d, ok := resolve(v.State, c.node, netip.AddrPortFrom(vip, c.port))
+		d, ok := resolve(v, c.node, netip.AddrPortFrom(vip, c.port))
 		var hops []string
 		for _, h := range d.hops {
 			hops = append(hops, h.addr.String())

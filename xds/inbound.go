@@ -59,7 +59,7 @@ func (b *builder) serverTLS(w *mesh.Workload, alpn ...string) *corev3.TransportS
 			CommonTlsContext: &tlsv3.CommonTlsContext{
 				TlsParams:             tlsParams(),
 				AlpnProtocols:         alpn,
-				ValidationContextType: validation(InboundSecret, b.view.State.TrustDomain),
+				ValidationContextType: validation(InboundSecret, workloadName(b.view.State.TrustDomain)),
 				TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{
 					Name: ServerSecret(w.ID), SdsConfig: ads(),
 				}},

@@ -109,7 +109,7 @@ func TestIPv6Destinations(t *testing.T) {
 	} {
 		addr := netip.MustParseAddrPort(dialled)
 		got := "nothing"
-		if d, ok := resolve(state, "n1", addr); ok {
+		if d, ok := resolve(&mesh.View{State: state}, "n1", addr); ok {
 			var hops []string
 			for _, h := range d.hops {
 				text := h.addr.String()

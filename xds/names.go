@@ -33,6 +33,10 @@ const (
 
 	listenerTunnel = "tunnel"
 
+	// originatePrefix begins the names of what speaks mutual TLS to applications that
+	// are in no tunnel.
+	originatePrefix = "originate"
+
 	// metadataKey is the filter metadata namespace of everything here.
 	metadataKey = "signet"
 )
@@ -60,6 +64,15 @@ func ForeignSecret(td spiffeid.TrustDomain) string { return BundleSecret + "|" +
 // foreignTunnel is the internal listener of connections to another trust domain, and
 // the cluster of the tunnels in which they leave.
 func foreignTunnel(td spiffeid.TrustDomain) string { return clusterTunnel + "|" + td.Name() }
+
+// originateName is the internal listener of connections that leave as mutual TLS with
+// an application of a trust domain, and the cluster by which they do.
+func originateName(td, own spiffeid.TrustDomain) string {
+	if td == own {
+		return originatePrefix
+	}
+	return originatePrefix + "|" + td.Name()
+}
 
 // SecretID returns the identity that an SDS name stands for.
 func SecretID(name string) (spiffeid.ID, bool) {

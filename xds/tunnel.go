@@ -130,27 +130,32 @@ func (b *builder) tunnelCluster(name, secret string, td spiffeid.TrustDomain) *c
 				},
 			}),
 		},
-		TransportSocket: &corev3.TransportSocket{
-			Name: "tls",
-			ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.UpstreamTlsContext{
-				CommonTlsContext: &tlsv3.CommonTlsContext{
-					TlsParams:     tlsParams(),
-					AlpnProtocols: []string{"h2"},
-					CustomTlsCertificateSelector: &corev3.TypedExtensionConfig{
-						Name: "on-demand",
-						TypedConfig: packed(&selectorv3.Config{
-							ConfigSource: ads(),
-							CertificateMapper: &corev3.TypedExtensionConfig{
-								Name:        "identity",
-								TypedConfig: packed(&mapperv3.Config{DefaultValue: "none"}),
-							},
-						}),
-					},
-					ValidationContextType: validation(secret, td),
+		TransportSocket: clientTLS(tlsParams(), validation(secret, workloadName(td)), "h2"),
+	}
+}
+
+// clientTLS speaks mutual TLS with the certificate that filter state names.
+func clientTLS(params *tlsv3.TlsParameters, peer *tlsv3.CommonTlsContext_CombinedValidationContext, alpn ...string) *corev3.TransportSocket {
+	return &corev3.TransportSocket{
+		Name: "tls",
+		ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: packed(&tlsv3.UpstreamTlsContext{
+			CommonTlsContext: &tlsv3.CommonTlsContext{
+				TlsParams:     params,
+				AlpnProtocols: alpn,
+				CustomTlsCertificateSelector: &corev3.TypedExtensionConfig{
+					Name: "on-demand",
+					TypedConfig: packed(&selectorv3.Config{
+						ConfigSource: ads(),
+						CertificateMapper: &corev3.TypedExtensionConfig{
+							Name:        "identity",
+							TypedConfig: packed(&mapperv3.Config{DefaultValue: "none"}),
+						},
+					}),
 				},
-				MaxSessionKeys: u32(0), // no resumption: every tunnel proves its identity anew
-			})},
-		},
+				ValidationContextType: peer,
+			},
+			MaxSessionKeys: u32(0), // no resumption: identities are proven anew each time
+		})},
 	}
 }
 
@@ -176,15 +181,14 @@ func tlsParams() *tlsv3.TlsParameters {
 	}
 }
 
-// validation accepts workloads of a trust domain whose chain ends in its
-// bundle, and whom the secret adds to them (see InboundTrust). Which of them may do what is decided elsewhere, by comparing names, so
+// validation accepts peers of a name whose chain ends in a bundle, and whom the secret adds to them (see InboundTrust). Which of them may do what is decided elsewhere, by comparing names, so
 // a name must be a SPIFFE ID in its one spelling: no other program may read it as
 // another's, and none is deeper than a service account's.
-func validation(secret string, td spiffeid.TrustDomain) *tlsv3.CommonTlsContext_CombinedValidationContext {
+func validation(secret string, name *tlsv3.SubjectAltNameMatcher) *tlsv3.CommonTlsContext_CombinedValidationContext {
 	return &tlsv3.CommonTlsContext_CombinedValidationContext{
 		CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext: &tlsv3.CertificateValidationContext{
-				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{workloadName(td)},
+				MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{name},
 				MaxVerifyDepth:            u32(maxAuthorities),
 			},
 			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: secret, SdsConfig: ads()},
@@ -296,6 +300,7 @@ const (
 	metaAuthority = "authority" // the application's address
 	metaIdentity  = "identity"  // the SPIFFE ID that the endpoint must prove
 	metaWorkload  = "workload"  // namespace/name
+	metaALPN      = "alpn"      // what is offered to an application that speaks TLS
 )
 
 func endpointMeta(key string) string {

@@ -100,11 +100,20 @@ func Decode(b []byte) (audit.Event, bool, error) {
 		if err := tunnel(&l, &e); err != nil {
 			return audit.Event{}, false, err
 		}
-	case xds.LineOutbound:
-		if strings.HasPrefix(l.Upstream, "envoy://") {
-			return audit.Event{}, false, nil // the tunnel's line is the record
+	case xds.LineOriginate:
+		if err := originate(&l, &e); err != nil {
+			return audit.Event{}, false, err
 		}
-		outbound(&l, &e)
+	case xds.LineOutbound:
+		endpoint, tunnelled := strings.CutPrefix(l.Upstream, "envoy://tunnel/")
+		switch {
+		case tunnelled && unproven(l.Failure):
+			insideTunnel(&l, &e, endpoint)
+		case strings.HasPrefix(l.Upstream, "envoy://"):
+			return audit.Event{}, false, nil // the line of where it went on is the record
+		default:
+			outbound(&l, &e)
+		}
 	case xds.LinePlain:
 		plain(&l, &e)
 	case xds.LineHandshake:
@@ -254,6 +263,53 @@ func tunnel(l *line, e *audit.Event) error {
 		r.Ended = flags(l.Flags)
 	}
 	return nil
+}
+
+// originate is a connection that left, or should have left, as mutual TLS with an
+// application that is not captured.
+func originate(l *line, e *audit.Event) error {
+	conn := strings.Fields(l.Conn)
+	if len(conn) != 3 {
+		return fmt.Errorf("access log: conn %q: want workload, source and destination", l.Conn)
+	}
+	r := &e.Record
+	e.Final = l.Type == "TcpConnectionEnd"
+	r.Side, r.Transport = audit.Source, audit.Direct
+	r.Source = audit.Party{ID: l.Client, Workload: conn[0], Address: conn[1], Via: l.Local}
+	r.Destination = audit.Party{Address: conn[2], Via: l.Endpoint}
+	r.TLS = negotiated(l)
+	switch {
+	case r.TLS != nil:
+		r.Destination.ID = l.Want
+		r.Verdict, r.Reason = audit.Allowed, "the application proved who it is; whom it admits it decides by itself"
+	case unproven(l.Failure):
+		r.Verdict, r.Reason = audit.Failed, notWanted(l)
+	default:
+		r.Verdict, r.Reason = audit.Failed, "the application could not be reached: "+words(l.Failure, l.Flags)
+	}
+	if e.Final {
+		r.Ended = flags(l.Flags)
+	}
+	return nil
+}
+
+// insideTunnel is a connection whose application was to speak mutual TLS inside the
+// tunnel, and did not, or as somebody else. The tunnel has a record of its own.
+func insideTunnel(l *line, e *audit.Event, endpoint string) {
+	r := &e.Record
+	e.Final = true
+	r.Side, r.Transport = audit.Source, "mtls"
+	r.Source = audit.Party{ID: l.Self, Workload: l.Workload, Address: l.Src}
+	r.Destination = audit.Party{Address: l.Dst, Via: endpoint}
+	r.Verdict, r.Reason = audit.Failed, "inside the tunnel, "+notWanted(l)
+}
+
+// unproven reports whether a handshake failed over what the application showed, and
+// not because the connection broke.
+func unproven(failure string) bool { return strings.Contains(failure, "SSL_routines") }
+
+func notWanted(l *line) string {
+	return "the application did not prove by mutual TLS that it is " + l.Want + ": " + l.Failure
 }
 
 // reached returns the workload that answered a tunnel. The certificate proves an

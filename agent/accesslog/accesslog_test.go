@@ -68,6 +68,14 @@ func TestDecode(t *testing.T) {
 		"tunnel-unreachable":           {true, audit.Source, audit.Failed, "mtls", client, "", "", "No_route_to_host", 0, 0, "UF,URX"},
 		"tunnel-observed-denied-end":   {true, audit.Source, audit.Observed, "mtls", other, bench, "", "enforce would deny", 100, 50, ""},
 		"tunnel-observed-allowed-open": nil, "tunnel-observed-allowed-end": nil, "tunnel-observed-denied-open": nil,
+		// What the application showed inside the tunnel is not in the tunnel's line.
+		"out-inside-wrong":              {true, audit.Source, audit.Failed, "mtls", client, "", "", "inside the tunnel, the application did not prove by mutual TLS that it is " + server, 0, 0, ""},
+		"out-inside-no-tls":             {true, audit.Source, audit.Failed, "mtls", client, "", "", "WRONG_VERSION_NUMBER", 0, 0, ""},
+		"out-inside-refused":            {}, // the tunnel was, and its line is the record
+		"originate-open":                {false, audit.Source, audit.Allowed, audit.Direct, client, sa("shop", "direct"), "", "decides by itself", 0, 0, ""},
+		"originate-end":                 {true, audit.Source, audit.Allowed, audit.Direct, client, sa("shop", "direct"), "", "decides by itself", 12, 33, ""},
+		"originate-wrong":               {true, audit.Source, audit.Failed, audit.Direct, client, "", "", "did not prove by mutual TLS that it is " + sa("shop", "direct"), 0, 0, "UF,URX"},
+		"out-originated":                {},
 		"out-tunnelled":                 {}, // the tunnel's line is the record
 		"out-no-such-destination":       {true, audit.Source, audit.Denied, "plaintext", sa("shop", "second"), "", "", "no such destination", 0, 0, ""},
 		"out-unreachable":               {true, audit.Source, audit.Failed, "plaintext", client, "", "", "Connection_refused", 0, 0, ""},

@@ -185,7 +185,7 @@ func message(r Rules, w *mesh.Workload) *sdkv1.Rules {
 		if p.Namespace != w.Namespace || p.TargetServiceAccount != "" && p.TargetServiceAccount != w.ServiceAccount {
 			continue
 		}
-		m := &sdkv1.Policy{Namespace: p.Namespace, Name: p.Name, TargetServiceAccount: p.TargetServiceAccount, Terminate: p.Terminate}
+		m := &sdkv1.Policy{Namespace: p.Namespace, Name: p.Name, TargetServiceAccount: p.TargetServiceAccount, Terminate: p.Terminate, Originate: p.Originate, Alpn: p.ALPN}
 		for _, port := range p.Ports {
 			m.Ports = append(m.Ports, uint32(port))
 		}

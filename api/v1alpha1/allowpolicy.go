@@ -27,12 +27,16 @@ type AllowPolicy struct {
 	Status AllowPolicyStatus `json:"status,omitzero"`
 }
 
-// TLSTerminate is the value of AllowPolicySpec.TLS.
-const TLSTerminate = "terminate"
+// The values of AllowPolicySpec.TLS. The second is one of ServiceEndpoint.TLS too.
+const (
+	TLSTerminate = "terminate"
+	TLSOriginate = "originate"
+)
 
 // AllowPolicySpec is the body of an AllowPolicy.
 //
-// +kubebuilder:validation:XValidation:rule="!has(self.tls) || has(self.ports)",message="tls needs ports: name those on which the application takes plain bytes from the proxy"
+// +kubebuilder:validation:XValidation:rule="!has(self.tls) || has(self.ports)",message="tls needs ports: name those that it is about"
+// +kubebuilder:validation:XValidation:rule="!has(self.alpn) || has(self.tls) && self.tls == 'originate'",message="alpn needs tls: originate, for it is what the proxies of callers offer in that TLS"
 type AllowPolicySpec struct {
 	// Target chooses whom the policy protects.
 	// +optional
@@ -47,14 +51,28 @@ type AllowPolicySpec struct {
 	// +kubebuilder:validation:items:Maximum=65535
 	// +kubebuilder:validation:XValidation:rule="self.all(p, !(p in [15001, 15006, 15008]))",message="15001, 15006 and 15008 belong to the mesh itself and cannot be granted"
 	Ports []int32 `json:"ports,omitempty"`
-	// TLS says what becomes of connections to Ports that arrive without a
-	// tunnel. "terminate": where the caller proves an identity by mutual TLS,
-	// the proxy of the target's node ends that TLS, and the application, which
-	// speaks none, gets what is in it. Who is let in is for all policies of
-	// the target to say, as ever. Ports must be given.
+	// TLS says between whom mutual TLS is spoken on Ports, which must be given,
+	// beside that of the mesh's tunnels. Who is let in is for all policies of
+	// the target to say, as ever.
+	//
+	// "terminate": where a caller without a tunnel proves an identity by mutual
+	// TLS, the proxy of the target's node ends that TLS, and the application,
+	// which speaks none, gets what is in it.
+	//
+	// "originate": the application itself asks for mutual TLS. The proxies of
+	// captured callers, which speak none, speak it for them, inside the tunnel,
+	// with the caller's certificate and to nobody but the target's identity.
+	// It goes before "terminate" of another policy.
 	// +optional
-	// +kubebuilder:validation:Enum=terminate
+	// +kubebuilder:validation:Enum=terminate;originate
 	TLS string `json:"tls,omitempty"`
+	// ALPN is the protocol that captured callers speak on Ports, which is offered
+	// to an application that has to agree on one: "h2" for gRPC. Absent: none.
+	// +optional
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	// +kubebuilder:validation:Pattern=`^[A-Za-z0-9._/+-]+$`
+	ALPN string `json:"alpn,omitempty"`
 	// From lists the callers; one match is enough. At least one is required.
 	// +listType=atomic
 	// +kubebuilder:validation:MinItems=1

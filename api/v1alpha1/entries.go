@@ -99,4 +99,11 @@ type ServiceEndpoint struct {
 	// whose trust domain there is a Federation: connections go by a tunnel to who
 	// proves this identity there. Without it they go in plain.
 	SPIFFEID string `json:"spiffeID,omitempty"`
+	// TLS, if it is "originate", makes the address that of an application, of this
+	// mesh or another, that is not captured and asks for mutual TLS itself: the
+	// proxies of captured callers, which speak none, speak it for them, with the
+	// caller's certificate, and to nobody but SPIFFEID.
+	TLS string `json:"tls,omitempty"`
+	// ALPN is as in an AllowPolicy.
+	ALPN string `json:"alpn,omitempty"`
 }

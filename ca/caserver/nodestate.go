@@ -165,7 +165,7 @@ func workloadMessage(w *mesh.Workload, mode mesh.Mode) *nodev1.Workload {
 }
 
 func policyMessage(p *authz.Policy) *nodev1.Policy {
-	out := &nodev1.Policy{Namespace: p.Namespace, Name: p.Name, TargetServiceAccount: p.TargetServiceAccount, Terminate: p.Terminate}
+	out := &nodev1.Policy{Namespace: p.Namespace, Name: p.Name, TargetServiceAccount: p.TargetServiceAccount, Terminate: p.Terminate, Originate: p.Originate, Alpn: p.ALPN}
 	for _, port := range p.Ports {
 		out.Ports = append(out.Ports, uint32(port))
 	}

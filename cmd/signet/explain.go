@@ -38,6 +38,9 @@ func (d *explainDoc) Text(t *output.Text) {
 	if d.Terminate != "" {
 		t.Line("  without a tunnel: mutual TLS to port ", d.Port, " is ended in front of the target, by tls: terminate of ", d.Terminate, "; the verdict is the same")
 	}
+	if d.Originate != "" {
+		t.Line("  inside the tunnel: the caller's proxy speaks mutual TLS to the application on port ", d.Port, ", by tls: originate of ", d.Originate, "; the verdict is the same")
+	}
 	switch d.Mode {
 	case mesh.ModeEnforce.String():
 	case mesh.ModeObserve.String():

@@ -155,7 +155,7 @@ func Explain(view *mesh.View, from, to, port string) (*adminv1.Explanation, erro
 		From: caller.String(), To: target.String(), Port: int(n),
 		Mode: view.State.Mode(t.Namespace).String(), Verdict: d.Verdict.String(),
 		Reason: d.Reason, Policy: d.Policy, Near: d.Near, Revision: view.Model.Version(t),
-		Terminate: view.Model.Terminated(t)[uint16(n)],
+		Terminate: view.Model.Terminated(t)[uint16(n)], Originate: view.Model.Originated(t)[uint16(n)].Policy,
 	}, nil
 }
 

@@ -121,8 +121,9 @@ func (b *builder) endpoints(d *document, endpoints []v1alpha1.ServiceEndpoint) [
 			endpoint.Addr = addr
 		}
 		if e.SPIFFEID != "" {
-			endpoint.Foreign = b.foreignEndpoint(d, fmt.Sprintf("spec.endpoints[%d].spiffeID", i), e)
+			endpoint.Identity = b.endpointIdentity(d, fmt.Sprintf("spec.endpoints[%d].spiffeID", i), e)
 		}
+		originate(d, fmt.Sprintf("spec.endpoints[%d]", i), e, &endpoint)
 		key := target{endpoint.Workload, endpoint.Addr}
 		if seen[key] {
 			d.fault(CodeDuplicate, field, "the endpoint is listed twice")
@@ -133,11 +134,34 @@ func (b *builder) endpoints(d *document, endpoints []v1alpha1.ServiceEndpoint) [
 	return out
 }
 
-// foreignEndpoint reads who must answer at an address, of another mesh.
-func (b *builder) foreignEndpoint(d *document, field string, e v1alpha1.ServiceEndpoint) spiffeid.ID {
+// originate reads whether what listens at an address speaks mutual TLS itself.
+func originate(d *document, field string, e v1alpha1.ServiceEndpoint, out *mesh.Endpoint) {
+	switch {
+	case e.TLS == "" && e.ALPN != "":
+		d.fault(CodeValue, field+".alpn", "needs tls: %s, for it is what is offered in that TLS", v1alpha1.TLSOriginate)
+	case e.TLS == "":
+	case e.TLS != v1alpha1.TLSOriginate:
+		d.fault(CodeValue, field+".tls", "%q is not known; write %s, or leave it out", e.TLS, v1alpha1.TLSOriginate)
+	case e.Workload != "":
+		d.fault(CodeValue, field+".tls", "has no meaning with workload; write it in an AllowPolicy for it")
+	case e.SPIFFEID == "":
+		d.fault(CodeRequired, field+".spiffeID", "is missing; with tls, say who is to answer")
+	default:
+		out.Originate, out.ALPN = true, e.ALPN
+		if err := authz.CheckALPN(e.ALPN); e.ALPN != "" && err != nil {
+			d.fault(CodeValue, field+".alpn", "%v", err)
+		}
+	}
+}
+
+// endpointIdentity reads who must answer at an address.
+func (b *builder) endpointIdentity(d *document, field string, e v1alpha1.ServiceEndpoint) spiffeid.ID {
 	id, err := spiffeid.FromString(e.SPIFFEID)
 	if err == nil && e.Workload == "" {
-		err = b.domains().CheckForeign(id, b.report.incomplete || b.partial && len(b.state.Federations) == 0)
+		err = b.domains().CheckWorkload(id, b.report.incomplete || b.partial && len(b.state.Federations) == 0)
+		if err == nil && id.TrustDomain() == b.state.TrustDomain && e.TLS == "" {
+			err = fmt.Errorf("%q is of this mesh; give the endpoint as workload, or write tls: %s if it speaks mutual TLS itself", id, v1alpha1.TLSOriginate)
+		}
 	}
 	switch {
 	case e.Workload != "":

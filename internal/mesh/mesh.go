@@ -172,9 +172,13 @@ type ServicePort struct {
 type Endpoint struct {
 	Workload string
 	Addr     netip.Addr
-	// Foreign is who must answer at Addr, of another trust domain; zero: it is
-	// called in plain.
-	Foreign spiffeid.ID `json:",omitzero"`
+	// Identity is who must answer at Addr, in a tunnel of another mesh or, with
+	// Originate, outside of any. Zero: Addr is called in plain.
+	Identity spiffeid.ID `json:",omitzero"`
+	// Originate: what listens at Addr speaks mutual TLS itself.
+	Originate bool `json:",omitempty"`
+	// ALPN is the protocol that is offered in it; empty: none.
+	ALPN string `json:",omitempty"`
 	// Node is where the endpoint runs; empty when not known.
 	Node string
 	// Ending endpoints still serve while they end. They are called only where

@@ -121,6 +121,9 @@ type Explanation struct {
 	// Terminate is the policy that has mutual TLS without a tunnel ended on the
 	// port, "namespace/name".
 	Terminate string `json:"terminate,omitempty"`
+	// Originate is the policy that has callers' proxies speak mutual TLS to the
+	// application on the port, "namespace/name".
+	Originate string `json:"originate,omitempty"`
 	// Revision names the policy state of the target, as audit records do.
 	Revision string `json:"revision,omitempty"`
 }

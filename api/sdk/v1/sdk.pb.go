@@ -234,6 +234,8 @@ type Policy struct {
 	Ports                []uint32               `protobuf:"varint,4,rep,packed,name=ports,proto3" json:"ports,omitempty"`                                                     // empty: every port
 	From                 []string               `protobuf:"bytes,5,rep,name=from,proto3" json:"from,omitempty"`                                                               // SPIFFE ID patterns, as authz.Pattern prints them
 	Terminate            bool                   `protobuf:"varint,6,opt,name=terminate,proto3" json:"terminate,omitempty"`                                                    // mutual TLS to the ports that comes without a tunnel is ended there
+	Originate            bool                   `protobuf:"varint,7,opt,name=originate,proto3" json:"originate,omitempty"`                                                    // the target speaks mutual TLS on the ports itself
+	Alpn                 string                 `protobuf:"bytes,8,opt,name=alpn,proto3" json:"alpn,omitempty"`                                                               // what callers' proxies offer in it; empty: nothing
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -308,6 +310,20 @@ func (x *Policy) GetTerminate() bool {
 		return x.Terminate
 	}
 	return false
+}
+
+func (x *Policy) GetOriginate() bool {
+	if x != nil {
+		return x.Originate
+	}
+	return false
+}
+
+func (x *Policy) GetAlpn() string {
+	if x != nil {
+		return x.Alpn
+	}
+	return ""
 }
 
 type Quarantined struct {
@@ -693,14 +709,16 @@ const file_api_sdk_v1_sdk_proto_rawDesc = "" +
 	"\arevoked\x18\a \x03(\v2\x16.signet.sdk.v1.RevokedR\arevoked\"9\n" +
 	"\aRevoked\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb8\x01\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xea\x01\n" +
 	"\x06Policy\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
 	"\x16target_service_account\x18\x03 \x01(\tR\x14targetServiceAccount\x12\x14\n" +
 	"\x05ports\x18\x04 \x03(\rR\x05ports\x12\x12\n" +
 	"\x04from\x18\x05 \x03(\tR\x04from\x12\x1c\n" +
-	"\tterminate\x18\x06 \x01(\bR\tterminate\"A\n" +
+	"\tterminate\x18\x06 \x01(\bR\tterminate\x12\x1c\n" +
+	"\toriginate\x18\a \x01(\bR\toriginate\x12\x12\n" +
+	"\x04alpn\x18\b \x01(\tR\x04alpn\"A\n" +
 	"\vQuarantined\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +

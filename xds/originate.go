@@ -1,0 +1,118 @@
+package xds
+
+import (
+	"maps"
+	"slices"
+	"strings"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/structpb"
+)
+
+// Some applications ask for mutual TLS themselves. For callers that speak none the
+// proxy speaks it, with the caller's certificate and to one identity only: inside the
+// tunnel if the application is captured, so that its own proxy decides first, as ever;
+// and from a listener and cluster for each trust domain if it is not.
+
+// insideTunnel is the key by which an endpoint says what is spoken inside its tunnel.
+const insideTunnel = "inside"
+
+// insideTunnel names what is spoken with an application inside its tunnel.
+func (h *hop) insideTunnel() string {
+	return strings.Join(append([]string{h.identity.String()}, h.alpn...), " ")
+}
+
+// insideTunnels is what is spoken inside tunnels to the hops, one of each kind. Since
+// all of it is known when the destination is, nothing of it varies by connection but
+// the certificate.
+func (d destination) insideTunnels(td spiffeid.TrustDomain) []*clusterv3.Cluster_TransportSocketMatch {
+	kinds := map[string]*clusterv3.Cluster_TransportSocketMatch{}
+	for i := range d.hops {
+		h := &d.hops[i]
+		if h.workload == nil || !h.originate {
+			continue
+		}
+		name := h.insideTunnel()
+		if kinds[name] != nil {
+			continue
+		}
+		kinds[name] = &clusterv3.Cluster_TransportSocketMatch{
+			Name:  name,
+			Match: &structpb.Struct{Fields: map[string]*structpb.Value{insideTunnel: structpb.NewStringValue(name)}},
+			TransportSocket: internalUpstream(
+				clientTLS(applicationTLS(), validation(BundleSecret, exactName(h.identity)), h.alpn...), endpointMetadata()),
+		}
+	}
+	var out []*clusterv3.Cluster_TransportSocketMatch
+	for _, name := range slices.Sorted(maps.Keys(kinds)) {
+		out = append(out, kinds[name])
+	}
+	return out
+}
+
+// exactName matches one identity.
+func exactName(id spiffeid.ID) *tlsv3.SubjectAltNameMatcher {
+	return &tlsv3.SubjectAltNameMatcher{
+		SanType: tlsv3.SubjectAltNameMatcher_URI,
+		Matcher: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: id.String()}},
+	}
+}
+
+// applicationTLS is as in tunnels, with one more group: what applications are built
+// with is not for the mesh to say.
+func applicationTLS() *tlsv3.TlsParameters {
+	out := tlsParams()
+	out.EcdhCurves = append(slices.Clone(out.EcdhCurves), "P-256")
+	return out
+}
+
+// originators adds what speaks with applications that are not captured, for each trust
+// domain apart, as foreignTunnels does for tunnels.
+func (b *builder) originators() {
+	own := b.view.State.TrustDomain
+	b.originator(originateName(own, own), BundleSecret, own)
+	for i := range b.view.State.Federations {
+		td := b.view.State.Federations[i].TrustDomain
+		b.originator(originateName(td, own), ForeignSecret(td), td)
+	}
+}
+
+func (b *builder) originator(name, secret string, td spiffeid.TrustDomain) {
+	const once = sfsv3.FilterStateValue_ONCE
+	alpn := stateValue("envoy.network.application_protocols", endpointMeta(metaALPN), "", once)
+	alpn.SkipIfEmpty, alpn.GetFormatString().OmitEmptyValues = true, true
+	b.add(name, &listenerv3.Listener{
+		Name:              name,
+		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
+		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
+			setState(
+				stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaAuthority), "", sfsv3.FilterStateValue_NONE),
+				stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
+				alpn,
+			),
+			filter("tcp", &tcpv3.TcpProxy{
+				StatPrefix:       "originate",
+				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: name},
+				IdleTimeout:      seconds(0),
+				AccessLog:        b.accessLog(LineOriginate),
+				AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
+			}),
+		}}},
+	})
+	b.add(name, &clusterv3.Cluster{
+		Name:                 name,
+		CircuitBreakers:      unlimited(),
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
+		ConnectTimeout:       seconds(5),
+		CleanupInterval:      seconds(60),
+		UpstreamBindConfig:   insideNamespace(b.opts.IPv6),
+		TransportSocket:      clientTLS(applicationTLS(), validation(secret, workloadName(td))),
+	})
+}
