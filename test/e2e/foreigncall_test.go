@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
 	"github.com/signet-mesh/signet/agent/audit"
 	"github.com/signet-mesh/signet/internal/adminclient"
@@ -190,5 +191,37 @@ func TestForeignCall(t *testing.T) {
 		if err := call(); err != nil {
 			t.Errorf("the right name by its own root: %v", err)
 		}
+	})
+
+	// A program of the other mesh that is not captured and speaks mutual TLS itself.
+	t.Run("without a tunnel", func(t *testing.T) {
+		g := withSPIFFE(t, alpha.Pod("outside"), "8080", tlsconfig.MTLSServerConfig(beta.source, beta.source, tlsconfig.AuthorizeID(alphaCaller)))
+		itself := func(id spiffeid.ID) string {
+			return strings.Replace(foreignService(outsideAddr, id), `"}]`, `", tls: originate}]`, 1)
+		}
+		alpha.Edit("partner.yaml", itself(betaApp))
+		if err := call(); err != nil {
+			t.Fatal(err)
+		}
+		if n, all, _ := g.of(alphaCaller.String()); n != 1 || all != 1 {
+			t.Errorf("the caller is known in %d of %d calls", n, all)
+		}
+		alpha.Edit("partner.yaml", itself(betaWeb))
+		if err := call(); err == nil {
+			t.Error("another identity of the other mesh: spoken to")
+		}
+		alpha.Eventually(10*time.Second, "both in the audit", func() error {
+			seen := map[audit.Verdict]bool{}
+			for _, r := range alpha.Records(adminclient.AuditQuery{Side: audit.Source}) {
+				if r.Transport == audit.Direct && r.Source.ID == alphaCaller.String() &&
+					(r.Verdict == audit.Allowed && r.Destination.ID == betaApp.String() || strings.Contains(r.Reason, "did not prove by mutual TLS that it is "+betaWeb.String())) {
+					seen[r.Verdict] = true
+				}
+			}
+			if !seen[audit.Allowed] || !seen[audit.Failed] {
+				return fmt.Errorf("%v", seen)
+			}
+			return nil
+		})
 	})
 }
