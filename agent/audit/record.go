@@ -27,8 +27,9 @@ const (
 	Destination Side = "destination"
 )
 
-// Direct is the transport of a connection that came without a tunnel, as mutual
-// TLS of the caller's own, which was ended in front of the destination.
+// Direct is the transport of mutual TLS without a tunnel in which one end is a proxy's:
+// of the caller's own, ended in front of the destination, or with an application, on
+// behalf of the source.
 const Direct = "mtls-direct"
 
 // Record is one connection as one side saw it, or a Refusal.
@@ -107,7 +108,7 @@ type Party struct {
 	// Serial is the hexadecimal serial number of the certificate.
 	Serial string `json:"serial,omitempty"`
 	// Via is the address of the proxy's own socket towards the application,
-	// at the destination.
+	// at the destination or, of a Direct connection, at the source.
 	Via string `json:"via,omitempty"`
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -109,5 +110,83 @@ func TestSDKExample(t *testing.T) {
 				t.Errorf("the server ended with %v: %s", err, server.Stderr)
 			}
 		})
+	}
+}
+
+// TestSDKReadme: the commands of examples/sdk/README.md, with its documents, print what
+// it says: two programs with the SDK, one with it and a server that speaks no TLS, and
+// a client that speaks none and one with it.
+func TestSDKReadme(t *testing.T) {
+	page, err := os.ReadFile("../../examples/sdk/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?ms)^```([a-z]*)\n(.*?)^```$").FindAllStringSubmatch(string(page), -1)
+	var documents string
+	for _, b := range blocks {
+		if b[1] == "yaml" {
+			documents += b[2]
+		}
+	}
+	dir, err := os.MkdirTemp("/run", "sdk-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	m := harness.Start(t, harness.Options{Dir: dir, Pods: map[string]string{"web": "10.88.0.20", "batch": "10.88.0.21"}, Documents: map[string]string{"mesh.yaml": documents}})
+	startNginx(t, m.Pod("web"))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute) // programs end in the clean-up
+	t.Cleanup(cancel)
+	user := regexp.MustCompile(`# as user (\d+)\n$`)
+	ran := 0
+	for i, b := range blocks {
+		if b[1] != "sh" {
+			continue
+		}
+		ran++
+		c := exec.CommandContext(ctx, "sh", "-c", "exec "+b[2])
+		c.Dir, c.Stderr, c.WaitDelay = dir, os.Stderr, 5*time.Second
+		c.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET=unix://"+filepath.Join(m.RunDir, "api", "agent.sock"))
+		if as := user.FindStringSubmatch(b[2]); as != nil {
+			uid, err := strconv.ParseUint(as[1], 10, 32)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+		}
+		switch {
+		case strings.HasPrefix(b[2], "go build -o sdk "):
+			c = exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "sdk"), "../../"+strings.TrimSpace(strings.TrimPrefix(b[2], "go build -o sdk ")))
+			if out, err := c.CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v\n%s", b[2], err, out)
+			}
+		case strings.HasPrefix(b[2], "./sdk serve"):
+			out, err := c.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				_ = c.Process.Signal(syscall.SIGTERM)
+				if err := c.Wait(); err != nil {
+					t.Errorf("%s ended with %v", b[2], err)
+				}
+			})
+			if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || !strings.Contains(line, " listens on ") {
+				t.Fatalf("the server says %q, %v", line, err)
+			}
+		default:
+			if got, err := c.Output(); err != nil || string(got) != blocks[i+1][2] {
+				t.Errorf("%s: %v, %q; the page has %q", b[2], err, got, blocks[i+1][2])
+			}
+		}
+	}
+	if ran != 5 {
+		t.Errorf("%d commands were found", ran)
 	}
 }
