@@ -202,7 +202,7 @@ func (d destination) cluster(name string, td spiffeid.TrustDomain) *clusterv3.Cl
 			ClusterName: name,
 			Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: eps}},
 		},
-		TransportSocketMatches: d.insideTunnels(td),
+		TransportSocketMatches: d.insideTunnels(),
 		TransportSocket:        internalUpstream(rawBuffer(), endpointMetadata()),
 	}
 	if plain {

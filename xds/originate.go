@@ -31,7 +31,7 @@ func (h *hop) insideTunnel() string {
 // insideTunnels is what is spoken inside tunnels to the hops, one of each kind. Since
 // all of it is known when the destination is, nothing of it varies by connection but
 // the certificate.
-func (d destination) insideTunnels(td spiffeid.TrustDomain) []*clusterv3.Cluster_TransportSocketMatch {
+func (d destination) insideTunnels() []*clusterv3.Cluster_TransportSocketMatch {
 	kinds := map[string]*clusterv3.Cluster_TransportSocketMatch{}
 	for i := range d.hops {
 		h := &d.hops[i]

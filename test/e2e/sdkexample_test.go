@@ -122,10 +122,10 @@ func TestSDKReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := regexp.MustCompile("(?ms)^```([a-z]*)\n(.*?)^```$").FindAllStringSubmatch(string(page), -1)
-	var documents string
+	var documents strings.Builder
 	for _, b := range blocks {
 		if b[1] == "yaml" {
-			documents += b[2]
+			documents.WriteString(b[2])
 		}
 	}
 	dir, err := os.MkdirTemp("/run", "sdk-")
@@ -136,7 +136,7 @@ func TestSDKReadme(t *testing.T) {
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	m := harness.Start(t, harness.Options{Dir: dir, Pods: map[string]string{"web": "10.88.0.20", "batch": "10.88.0.21"}, Documents: map[string]string{"mesh.yaml": documents}})
+	m := harness.Start(t, harness.Options{Dir: dir, Pods: map[string]string{"web": "10.88.0.20", "batch": "10.88.0.21"}, Documents: map[string]string{"mesh.yaml": documents.String()}})
 	startNginx(t, m.Pod("web"))
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute) // programs end in the clean-up
 	t.Cleanup(cancel)
