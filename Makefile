@@ -222,7 +222,7 @@ manifests-check: ## Check that the chart's copies and deploy/manifests are up to
 .PHONY: bench
 bench: root tools build ## Measure the mesh against raw TCP, static Envoy, ztunnel (ZTUNNEL=PATH), and issuance, also of SPIRE (SPIRE=DIRECTORY)
 	@SIGNET_ENVOY="$(ENVOY)" ZTUNNEL="$(ZTUNNEL)" $(GO) run ./test/bench $(BENCHFLAGS)
-	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -run='^$$' -bench='BenchmarkSDK|BenchmarkDecide' ./sdk/ ./test/e2e/
+	@SIGNET_ENVOY="$(ENVOY)" $(GO) test -run='^$$' -bench='BenchmarkSDK|BenchmarkOriginate|BenchmarkDecide' ./sdk/ ./test/e2e/
 	@$(MAKE) --no-print-directory bench-issuance
 	@$(if $(SPIRE),$(MAKE) --no-print-directory bench-spire)
 

@@ -30,6 +30,18 @@ func terminating(namespace, name, target string, ports []int, from ...string) st
 	return strings.Replace(harness.Allow(namespace, name, target, ports, from...), ", from:", ", tls: terminate, from:", 1)
 }
 
+// named picks an identity of a process that has several.
+func named(id string) func([]*x509svid.SVID) *x509svid.SVID {
+	return func(all []*x509svid.SVID) *x509svid.SVID {
+		for _, s := range all {
+			if s.ID.String() == id {
+				return s
+			}
+		}
+		return all[0]
+	}
+}
+
 // spiffeSource is go-spiffe, and nothing else, with one of this process's
 // identities.
 func spiffeSource(t *testing.T, m *harness.Mesh, id string) *workloadapi.X509Source {
@@ -38,14 +50,7 @@ func spiffeSource(t *testing.T, m *harness.Mesh, id string) *workloadapi.X509Sou
 	defer cancel()
 	source, err := workloadapi.NewX509Source(ctx,
 		workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+m.RunDir+"/api/agent.sock")),
-		workloadapi.WithDefaultX509SVIDPicker(func(all []*x509svid.SVID) *x509svid.SVID {
-			for _, s := range all {
-				if s.ID.String() == id {
-					return s
-				}
-			}
-			return all[0]
-		}))
+		workloadapi.WithDefaultX509SVIDPicker(named(id)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,13 +36,8 @@ func originating(name, target string, ports []int, alpn string, from ...string) 
 	return strings.Replace(harness.Allow("shop", name, target, ports, from...), ", from:", tls+", from:", 1)
 }
 
-// capturedProgram is a captured workload that is this very test as well.
-func capturedProgram(t *testing.T, name, address string) string {
-	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+// capturedProgram is a captured workload that is what runs an executable as well.
+func capturedProgram(name, address, exe string) string {
 	return fmt.Sprintf(`apiVersion: signet.dev/v1alpha1
 kind: WorkloadEntry
 metadata: {name: %[1]s, namespace: shop}
@@ -52,6 +47,16 @@ spec:
   attest: {uid: %[3]d, path: %[4]q}
 ---
 `, name, address, os.Geteuid(), exe)
+}
+
+// self is the executable of this very test.
+func self(t *testing.T) string {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return exe
 }
 
 // speaker is a service in front of a program at an address that speaks mutual TLS
@@ -170,7 +175,7 @@ func TestOriginate(t *testing.T) {
 		Pods: map[string]string{"client": "10.88.0.10", "other": "10.88.0.11", "server": "10.88.0.12", "bare": "10.88.0.20"},
 		Documents: map[string]string{"mesh.yaml": harness.Config("8s") + harness.Namespace("shop", "enforce") +
 			harness.Workload("shop", "client", "10.88.0.10") + harness.Workload("shop", "other", "10.88.0.11") +
-			capturedProgram(t, "server", "10.88.0.12") + sdkWorkload(t, "direct") +
+			capturedProgram("server", "10.88.0.12", self(t)) + sdkWorkload(t, "direct") +
 			originating("to-server", "server", []int{8443, 9443}, "", "client") +
 			originating("to-direct", "direct", []int{8443}, "", "client") +
 			originating("by-grpc", "server", []int{7443}, "h2", "client") +
@@ -290,7 +295,7 @@ func TestOriginateNobodyElse(t *testing.T) {
 		Pods: map[string]string{"client": "10.88.0.10", "server": "10.88.0.12", "bare": "10.88.0.20"},
 		Documents: map[string]string{"mesh.yaml": harness.Config("1h") + harness.Namespace("shop", "enforce") +
 			harness.Workload("shop", "client", "10.88.0.10") +
-			capturedProgram(t, "server", "10.88.0.12") + sdkWorkload(t, "direct") + sdkWorkload(t, "wrong") +
+			capturedProgram("server", "10.88.0.12", self(t)) + sdkWorkload(t, "direct") + sdkWorkload(t, "wrong") +
 			originating("to-server", "server", []int{8443, 9443, 7443, 6443}, "", "client") +
 			speaker("direct", vipDirect, "10.88.0.20", sa("direct"))},
 	})
@@ -363,7 +368,7 @@ func TestOriginateNobodyElse(t *testing.T) {
 func TestOriginateEnds(t *testing.T) {
 	base := harness.Config("1h") + harness.Namespace("shop", "enforce") +
 		harness.Workload("shop", "client", "10.88.0.10") + harness.Workload("shop", "second", "10.88.0.11") +
-		capturedProgram(t, "server", "10.88.0.12") + sdkWorkload(t, "direct") +
+		capturedProgram("server", "10.88.0.12", self(t)) + sdkWorkload(t, "direct") +
 		speaker("direct", vipDirect, "10.88.0.20", sa("direct"))
 	grant := originating("to-server", "server", []int{9443}, "", "client")
 	m := harness.Start(t, harness.Options{

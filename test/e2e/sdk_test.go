@@ -24,11 +24,7 @@ import (
 // with package sdk.
 func sdkWorkload(t *testing.T, name string) string {
 	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return sdkEntry(name, exe)
+	return sdkEntry(name, self(t))
 }
 
 func sdkEntry(name, exe string) string {

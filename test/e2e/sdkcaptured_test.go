@@ -21,27 +21,12 @@ import (
 // their TLS inside the tunnel; what a captured program sends there in plain text
 // is refused, as docs/sdk.md says.
 func TestSDKCaptured(t *testing.T) {
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	documents := harness.Config("1h") + harness.Namespace("shop", "enforce") +
-		harness.Allow("shop", "allow-client", "server", []int{8443}, "client")
-	pods := map[string]string{"client": "10.88.0.10", "server": "10.88.0.12"}
-	var entries strings.Builder
-	for name, address := range pods {
-		fmt.Fprintf(&entries, `apiVersion: signet.dev/v1alpha1
-kind: WorkloadEntry
-metadata: {name: %[1]s, namespace: shop}
-spec:
-  serviceAccount: %[1]s
-  capture: {networkNamespace: %[1]s, addresses: [%[2]s]}
-  attest: {uid: %[3]d, path: %[4]q}
----
-`, name, address, os.Geteuid(), exe)
-	}
-	documents += entries.String()
-	m := harness.Start(t, harness.Options{Pods: pods, Documents: map[string]string{"mesh.yaml": documents}})
+	m := harness.Start(t, harness.Options{
+		Pods: map[string]string{"client": "10.88.0.10", "server": "10.88.0.12"},
+		Documents: map[string]string{"mesh.yaml": harness.Config("1h") + harness.Namespace("shop", "enforce") +
+			capturedProgram("client", "10.88.0.10", self(t)) + capturedProgram("server", "10.88.0.12", self(t)) +
+			harness.Allow("shop", "allow-client", "server", []int{8443}, "client")},
+	})
 	open := func(name string) *sdk.Mesh {
 		t.Helper()
 		s, err := sdk.Open(t.Context(), sdk.WithSocket("unix://"+filepath.Join(m.RunDir, "api", "agent.sock")),
