@@ -3,6 +3,7 @@ package authz
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -145,9 +146,10 @@ func (m *Model) Terminated(t Target) map[uint16]string {
 			}
 		}
 	}
-	for port := range m.Originated(t) {
-		delete(out, port)
-	}
+	maps.DeleteFunc(out, func(port uint16, _ string) bool {
+		_, itself := m.Originated(t, port)
+		return itself
+	})
 	return out
 }
 
@@ -157,25 +159,25 @@ type Origination struct {
 	ALPN   []string // what is offered in it: what any of them says
 }
 
-// Originated returns the ports on which the target speaks mutual TLS itself.
-func (m *Model) Originated(t Target) map[uint16]Origination {
-	out := map[uint16]Origination{}
-	for _, p := range m.protecting(t) {
-		if !p.Originate {
+// Originated reports whether the target speaks mutual TLS itself on a port. It is asked
+// for every endpoint of every destination.
+func (m *Model) Originated(t Target, port uint16) (o Origination, ok bool) {
+	if m == nil || t.Namespace == "" || t.ServiceAccount == "" {
+		return Origination{}, false
+	}
+	for i := range m.byNamespace[t.Namespace] {
+		p := &m.byNamespace[t.Namespace][i]
+		if !p.Originate || !p.protects(t) || !slices.Contains(p.Ports, port) {
 			continue
 		}
-		for _, port := range p.Ports {
-			o, known := out[port]
-			if !known {
-				o.Policy = p.Key()
-			}
-			if p.ALPN != "" && !slices.Contains(o.ALPN, p.ALPN) {
-				o.ALPN = append(o.ALPN, p.ALPN)
-			}
-			out[port] = o
+		if !ok {
+			o.Policy, ok = p.Key(), true
+		}
+		if p.ALPN != "" && !slices.Contains(o.ALPN, p.ALPN) {
+			o.ALPN = append(o.ALPN, p.ALPN)
 		}
 	}
-	return out
+	return o, ok
 }
 
 // Decide answers a request. It denies when the caller or the target is cut

@@ -84,15 +84,23 @@ func TestOriginated(t *testing.T) {
 	if len(diagnostics) != 5 || len(m.Policies()) != len(docs) {
 		t.Fatalf("diagnostics %+v", diagnostics)
 	}
-	got := m.Originated(Target{"shop", "web"})
-	if len(got) != 2 || got[8443].Policy != "shop/b" || !slices.Equal(got[8443].ALPN, []string{"h2", "http/1.1"}) || got[9443].Policy != "shop/c" || !slices.Equal(got[9443].ALPN, []string{"h2"}) {
-		t.Errorf("%+v", got)
+	for port, want := range map[uint16]Origination{
+		8443: {"shop/b", []string{"h2", "http/1.1"}}, 9443: {"shop/c", []string{"h2"}}, 7443: {}, 80: {}, 0: {},
+	} {
+		if got, ok := m.Originated(Target{"shop", "web"}, port); ok != (want.Policy != "") || got.Policy != want.Policy || !slices.Equal(got.ALPN, want.ALPN) {
+			t.Errorf("%d: %+v, want %+v", port, got, want)
+		}
 	}
 	if got := m.Terminated(Target{"shop", "web"}); !maps.Equal(got, map[uint16]string{7443: "shop/a"}) {
 		t.Errorf("ended are %v", got)
 	}
-	if len(m.Originated(Target{"ops", "web"})) != 0 || len((*Model)(nil).Originated(Target{"shop", "web"})) != 0 {
-		t.Error("somebody else's, or nobody's")
+	for _, other := range []Target{{"ops", "web"}, {"shop", ""}, {"", "web"}} {
+		if _, ok := m.Originated(other, 8443); ok {
+			t.Errorf("%s speaks TLS", other)
+		}
+	}
+	if _, ok := (*Model)(nil).Originated(Target{"shop", "web"}, 8443); ok {
+		t.Error("without policies somebody speaks TLS")
 	}
 	seen := map[string]bool{}
 	for _, tls := range []string{"", "terminate", "originate"} {

@@ -153,7 +153,7 @@ func workloadHop(v *mesh.View, w *mesh.Workload, addr netip.AddrPort) hop {
 	h := hop{addr: addr, workload: meshed(v.State, w)}
 	if h.workload != nil {
 		h.identity = w.ID
-		o, originate := v.Model.Originated(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount})[addr.Port()]
+		o, originate := v.Model.Originated(authz.Target{Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}, addr.Port())
 		h.originate, h.alpn = originate, o.ALPN
 	}
 	return h
@@ -181,7 +181,7 @@ func meshed(s *mesh.State, w *mesh.Workload) *mesh.Workload {
 // cluster: an endpoint of the mesh is the internal tunnel listener
 // with metadata that says where the tunnel goes and who must answer; an
 // endpoint outside the mesh is its address. TLS of the application's own that goes
-// by a tunnel is the endpoint's transport; see originated.
+// by a tunnel is the endpoint's transport; see insideTunnels.
 func (d destination) cluster(name string, td spiffeid.TrustDomain) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
 	plain, six := false, false

@@ -151,11 +151,12 @@ func Explain(view *mesh.View, from, to, port string) (*adminv1.Explanation, erro
 		return nil, fmt.Errorf("to: %s is no workload of this mesh", target)
 	}
 	d := view.Model.Decide(authz.Request{From: caller, Target: t, Port: uint16(n)})
+	itself, _ := view.Model.Originated(t, uint16(n))
 	return &adminv1.Explanation{
 		From: caller.String(), To: target.String(), Port: int(n),
 		Mode: view.State.Mode(t.Namespace).String(), Verdict: d.Verdict.String(),
 		Reason: d.Reason, Policy: d.Policy, Near: d.Near, Revision: view.Model.Version(t),
-		Terminate: view.Model.Terminated(t)[uint16(n)], Originate: view.Model.Originated(t)[uint16(n)].Policy,
+		Terminate: view.Model.Terminated(t)[uint16(n)], Originate: itself.Policy,
 	}, nil
 }
 
