@@ -1,7 +1,8 @@
 // Command testpod is what runs in the pods of tests on a cluster: a server that
 // says which pod it is, and callers that count what they get.
 //
-//	testpod serve --port N [--echo-port N] [--grpc-port N] [--first-instruction]
+//	testpod serve --port N [--echo-port N] [--grpc-port N] [--tls-port N]
+//	              [--first-instruction]
 //	testpod dial ADDR [--timeout D]
 //	testpod load ADDR [--rate N] [--conns N] [--echo ADDR] [--want PREFIX] [--idle D]
 //	             [--mark TEXT] [--every D]

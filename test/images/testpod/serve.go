@@ -16,13 +16,14 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// serve answers HTTP (/id: the pod's name; /healthz), echoes TCP, and answers
-// gRPC's health protocol.
+// serve answers HTTP (/id: the pod's name; /healthz), echoes TCP, answers gRPC's
+// health protocol, and, if a port is given for it, HTTPS with mutual TLS.
 func serve(ctx context.Context, args []string, early done) error {
 	f := flag.NewFlagSet("serve", flag.ContinueOnError)
 	port := f.String("port", defaultPort, "HTTP port")
 	echoPort := f.Int("echo-port", 0, "port of the TCP echo (default: HTTP port + 1)")
 	grpcPort := f.Int("grpc-port", 0, "port of gRPC health (default: HTTP port + 2)")
+	tlsPort := f.Int("tls-port", 0, "port of HTTPS with mutual TLS (default: none)")
 	f.Bool("first-instruction", false, "listen for HTTP before anything else")
 	if _, err := parse(f, args); err != nil {
 		return err
@@ -52,6 +53,12 @@ func serve(ctx context.Context, args []string, early done) error {
 	if err != nil {
 		return err
 	}
+	var secure net.Listener
+	if *tlsPort != 0 {
+		if secure, err = net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(*tlsPort))); err != nil {
+			return err
+		}
+	}
 
 	id := identity()
 	mux := http.NewServeMux()
@@ -62,17 +69,23 @@ func serve(ctx context.Context, args []string, early done) error {
 	healthpb.RegisterHealthServer(gs, health.NewServer())
 	es := &echoServer{conns: map[net.Conn]bool{}}
 
-	failed := make(chan error, 3)
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	failed := make(chan error, 4)
 	var wait sync.WaitGroup
 	wait.Go(func() { failed <- hs.Serve(web) })
 	wait.Go(func() { failed <- gs.Serve(rpc) })
 	wait.Go(func() { failed <- es.serve(echoes) })
+	if secure != nil {
+		wait.Go(func() { failed <- serveTLS(ctx, secure, id) })
+	}
 	printLine(map[string]any{"serving": id, "http": web.Addr().String(), "echo": echoes.Addr().String(), "grpc": rpc.Addr().String()})
 	select {
 	case <-ctx.Done():
 		err = nil
 	case err = <-failed:
 	}
+	end()
 	_ = hs.Close()
 	gs.Stop()
 	es.close(echoes)

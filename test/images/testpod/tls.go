@@ -2,15 +2,19 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log"
+	"net"
 	"net/http"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
@@ -69,4 +73,34 @@ func callTLS(ctx context.Context, args []string) error {
 		}
 	}
 	return nil
+}
+
+// serveTLS answers HTTPS by mutual TLS with the identity that the Workload API of
+// $SPIFFE_ENDPOINT_SOCKET gives, and whoever the mesh knows may call: with the pod's
+// name and the SPIFFE ID that the caller showed.
+func serveTLS(ctx context.Context, l net.Listener, id string) error {
+	defer l.Close()
+	source, err := workloadapi.NewX509Source(ctx)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	config := tlsconfig.MTLSServerConfig(source, source, tlsconfig.AuthorizeAny())
+	config.MinVersion = tls.VersionTLS13
+	s := &http.Server{
+		TLSConfig:         config,
+		ReadHeaderTimeout: time.Minute,
+		ErrorLog:          log.New(io.Discard, "", 0), // what is printed is JSON
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			caller, err := x509svid.IDFromCert(r.TLS.PeerCertificates[0])
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusForbidden)
+				return
+			}
+			_, _ = fmt.Fprintln(w, id, caller)
+		}),
+	}
+	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
+	defer stop()
+	return s.ServeTLS(l, "", "")
 }
