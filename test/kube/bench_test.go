@@ -220,6 +220,8 @@ type pod struct {
 	// more is put into the container and spec into the pod, as YAML flow
 	// fields such as `readinessProbe: {...}`, one on each line.
 	more, spec []string
+	// env is more of the container's environment, as YAML flow mappings.
+	env []string
 	// labels beside app, which is its name unless it is given.
 	labels map[string]string
 	// grace is for how many seconds it may end; 0: 1.
@@ -250,7 +252,8 @@ func (p *pod) yaml() string {
 		fmt.Fprintf(&out, "  %s\n", line)
 	}
 	fmt.Fprintf(&out, "  containers:\n    - name: main\n      image: signet.example/testpod:1\n      imagePullPolicy: Never\n      args: %s\n", args)
-	fmt.Fprintf(&out, "      env: [{name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]\n")
+	env := append([]string{"{name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}"}, p.env...)
+	fmt.Fprintf(&out, "      env: [%s]\n", strings.Join(env, ", "))
 	for _, line := range p.more {
 		fmt.Fprintf(&out, "      %s\n", line)
 	}

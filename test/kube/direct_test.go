@@ -12,16 +12,18 @@ import (
 
 // A program that is on no pod's network and speaks mutual TLS by itself is let in
 // to a pod that speaks none, where a policy has that TLS ended, and only as an
-// identity that policies admit. The API server takes no such policy without ports.
+// identity that policies admit. And pods that speak none reach a program that asks
+// for mutual TLS itself, where a policy has it spoken for them.
 func TestDirectInCluster(t *testing.T) {
 	b := open(t)
 	in := b.namespace("enforce")
 	b.startPods(
-		&pod{namespace: in, name: "server", account: "server", node: "node1", args: []string{"serve"}},
+		(&pod{namespace: in, name: "server", account: "server", node: "node1", args: []string{"serve", "--tls-port=8443"}}).socket(),
 		&pod{namespace: in, name: "client", account: "client", node: "node2", args: []string{"hold"}},
+		&pod{namespace: in, name: "near", account: "near", node: "node1", args: []string{"hold"}},
 		&pod{namespace: in, name: "other", account: "other", node: "node2", args: []string{"hold"}},
 	)
-	b.waitStatus(in, "enforce: 3 of 3 pods enrolled")
+	b.waitStatus(in, "enforce: 4 of 4 pods enrolled")
 	b.apply(strings.Replace(allow(in, "server", "client"), "  from:", "  ports: [8080]\n  tls: terminate\n  from:", 1))
 	node, address := b.cluster.Node("node2"), net.JoinHostPort(b.ip(in, "server"), "8080")
 	call := func(account string) string {
@@ -67,4 +69,5 @@ func TestDirectInCluster(t *testing.T) {
 		}
 		return ""
 	})
+	b.originated(in)
 }

@@ -87,6 +87,12 @@ func (p *pod) volume(readOnly bool, attributes string) *pod {
 	return p
 }
 
+// socket gives the pod the Workload API's socket by a volume.
+func (p *pod) socket() *pod {
+	p.env = append(p.env, "{name: SPIFFE_ENDPOINT_SOCKET, value: unix:///svid/agent.sock}")
+	return p.volume(true, "signet.dev/content: socket")
+}
+
 // tlsCalls are the calls that a pod with testpod tls has made since an instant.
 func (b *bench) tlsCalls(namespace, name string, since time.Time) (n int, serials map[string]bool, failed []string) {
 	b.Helper()
@@ -156,12 +162,9 @@ func TestVolumes(t *testing.T) {
 		before[n.Name()] = b.volumesOn(n.Name())
 	}
 	b.apply(nginxTLS(in) + allow(in, "web", "caller"))
-	caller := (&pod{namespace: in, name: "caller", account: "caller", node: "node2", args: []string{"tls", "web." + in + ":8443", "--id", id(in, "web")}}).
-		volume(true, "signet.dev/content: socket")
-	text := strings.Replace(caller.yaml(), "env: [", "env: [{name: SPIFFE_ENDPOINT_SOCKET, value: unix:///svid/agent.sock}, ", 1)
+	caller := (&pod{namespace: in, name: "caller", account: "caller", node: "node2", args: []string{"tls", "web." + in + ":8443", "--id", id(in, "web")}}).socket()
 	b.kubectl("-n", in, "wait", "pod", "web", "--for=condition=Ready", "--timeout=1m")
-	b.apply(text)
-	b.kubectl("-n", in, "wait", "pod", "caller", "--for=condition=Ready", "--timeout=1m")
+	b.startPods(caller)
 
 	// What a program of the pod may do with it.
 	if out, err := b.try("-n", in, "exec", "web", "--", "sh", "-c", "touch /run/tls/x"); err == nil || !strings.Contains(out, "Read-only") {
