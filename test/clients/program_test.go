@@ -133,7 +133,10 @@ func command(ctx context.Context, m *harness.Mesh, uid uint32, argv ...string) *
 	return c
 }
 
-// fixture is a mesh with a workload for each language.
+// plain is a captured workload that speaks no TLS.
+const plain = "plain"
+
+// fixture is a mesh with a workload for each language, and plain.
 type fixture struct {
 	t         *testing.T
 	mesh      *harness.Mesh
@@ -171,7 +174,7 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 		{name: "rust", argv: []string{at + "/rust/client"}},
 	}}
 	var docs strings.Builder
-	docs.WriteString(harness.Config(ttl.String()) + harness.Namespace("shop", "enforce"))
+	docs.WriteString(harness.Config(ttl.String()) + harness.Namespace("shop", "enforce") + harness.Workload("shop", plain, "10.88.0.10"))
 	for i, l := range f.languages {
 		l.uid = uint32(firstUID + i)
 		if l.exe, err = filepath.EvalSymlinks(l.argv[0]); err != nil {
@@ -179,7 +182,7 @@ func start(t *testing.T, ttl time.Duration) *fixture {
 		}
 		docs.WriteString(harness.Program("shop", l.name, int(l.uid), l.exe))
 	}
-	f.mesh = harness.Start(t, harness.Options{Dir: dir, Documents: map[string]string{"mesh.yaml": docs.String()}})
+	f.mesh = harness.Start(t, harness.Options{Dir: dir, Pods: map[string]string{plain: "10.88.0.10"}, Documents: map[string]string{"mesh.yaml": docs.String()}})
 	return f
 }
 
