@@ -115,14 +115,7 @@ func (b *builder) directChain(w *mesh.Workload, port uint16) *listenerv3.FilterC
 
 // directListener is where connections go on whose TLS was ended.
 func (b *builder) directListener(w *mesh.Workload) *listenerv3.Listener {
-	return &listenerv3.Listener{
-		Name:              directName(w),
-		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
-		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
-			namespaceState(w),
-			filter("http", b.directManager(w)),
-		}}},
-	}
+	return internalListener(directName(w), namespaceState(w), filter("http", b.directManager(w)))
 }
 
 // directCluster leads to a workload's directListener, by a connection for each.

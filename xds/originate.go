@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
-	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	tcpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -87,24 +86,19 @@ func (b *builder) originator(name, secret string, td spiffeid.TrustDomain) {
 	const once = sfsv3.FilterStateValue_ONCE
 	alpn := stateValue("envoy.network.application_protocols", endpointMeta(metaALPN), "", once)
 	alpn.SkipIfEmpty, alpn.GetFormatString().OmitEmptyValues = true, true
-	b.add(name, &listenerv3.Listener{
-		Name:              name,
-		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
-		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
-			setState(
-				stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaAuthority), "", sfsv3.FilterStateValue_NONE),
-				stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
-				alpn,
-			),
-			filter("tcp", &tcpv3.TcpProxy{
-				StatPrefix:       "originate",
-				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: name},
-				IdleTimeout:      seconds(0),
-				AccessLog:        b.accessLog(LineOriginate),
-				AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
-			}),
-		}}},
-	})
+	b.add(name, internalListener(name,
+		setState(
+			stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaAuthority), "", sfsv3.FilterStateValue_NONE),
+			stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
+			alpn,
+		),
+		filter("tcp", &tcpv3.TcpProxy{
+			StatPrefix:       "originate",
+			ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: name},
+			IdleTimeout:      seconds(0),
+			AccessLog:        b.accessLog(LineOriginate),
+			AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
+		})))
 	b.add(name, &clusterv3.Cluster{
 		Name:                 name,
 		CircuitBreakers:      unlimited(),

@@ -258,28 +258,32 @@ func (b *builder) tunnelListener() {
 // listenerInto has what it takes leave by the tunnels of a cluster.
 func (b *builder) listenerInto(name, cluster string) *listenerv3.Listener {
 	const once = sfsv3.FilterStateValue_ONCE
+	return internalListener(name,
+		setState(
+			// Not shared with the tunnel's connection: it would be one
+			// more hashable value there; see statePool.
+			stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaTunnel), "", sfsv3.FilterStateValue_NONE),
+			stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
+		),
+		filter("tcp", &tcpv3.TcpProxy{
+			StatPrefix:       "tunnel",
+			ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
+			IdleTimeout:      seconds(0), // the application decides how long it may idle
+			AccessLog:        b.accessLog(LineTunnel),
+			AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
+			TunnelingConfig: &tcpv3.TcpProxy_TunnelingConfig{
+				Hostname:                 endpointMeta(metaAuthority),
+				PropagateResponseHeaders: true,
+			},
+		}))
+}
+
+// internalListener takes connections from inside the proxy.
+func internalListener(name string, filters ...*listenerv3.Filter) *listenerv3.Listener {
 	return &listenerv3.Listener{
 		Name:              name,
 		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
-		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{
-			setState(
-				// Not shared with the tunnel's connection: it would be one
-				// more hashable value there; see statePool.
-				stateValue("envoy.network.transport_socket.original_dst_address", endpointMeta(metaTunnel), "", sfsv3.FilterStateValue_NONE),
-				stateValue("envoy.network.upstream_subject_alt_names", endpointMeta(metaIdentity), "", once),
-			),
-			filter("tcp", &tcpv3.TcpProxy{
-				StatPrefix:       "tunnel",
-				ClusterSpecifier: &tcpv3.TcpProxy_Cluster{Cluster: cluster},
-				IdleTimeout:      seconds(0), // the application decides how long it may idle
-				AccessLog:        b.accessLog(LineTunnel),
-				AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
-				TunnelingConfig: &tcpv3.TcpProxy_TunnelingConfig{
-					Hostname:                 endpointMeta(metaAuthority),
-					PropagateResponseHeaders: true,
-				},
-			}),
-		}}},
+		FilterChains:      []*listenerv3.FilterChain{{Filters: filters}},
 	}
 }
 

@@ -94,6 +94,7 @@ func run(o *options) error {
 	if _, err := lab.Isolate(); err != nil {
 		return err
 	}
+	defer harness.RemoveBuilt()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	l, err := lab.New(lab.Config{})

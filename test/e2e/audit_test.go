@@ -314,21 +314,13 @@ func TestAuditIsComplete(t *testing.T) {
 	}
 	time.Sleep(2 * time.Second)
 	for range 3 {
-		before := m.Pid("agent")
 		part, end := context.WithCancel(ctx)
 		var streams sync.WaitGroup
 		for range 3 {
 			streams.Go(func() { m.inside.stream(part, m.Pod("second"), "10.88.0.13:8080") })
 		}
 		time.Sleep(time.Second)
-		m.Kill("agent")
-		m.Eventually(30*time.Second, "the agent to be back", func() error {
-			if m.Pid("agent") == before {
-				return fmt.Errorf("still %d", before)
-			}
-			_, err := m.Client.AgentStatus(t.Context())
-			return err
-		})
+		killAgent(t, m.Mesh)
 		time.Sleep(time.Second)
 		end()
 		streams.Wait()

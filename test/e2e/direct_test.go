@@ -372,14 +372,7 @@ func TestDirectEnds(t *testing.T) {
 	_ = admin.Close()
 
 	m.Edit("policies.yaml", grant+webGrant)
-	before := m.Pid("agent")
-	m.Kill("agent")
-	m.Eventually(20*time.Second, "another agent", func() error {
-		if _, err := m.Client.AgentStatus(t.Context()); err != nil || m.Pid("agent") == before {
-			return fmt.Errorf("not yet: %w", err)
-		}
-		return nil
-	})
+	killAgent(t, m)
 	time.Sleep(4 * time.Second) // it looks for plaintext that the namespace refuses
 	stays("the agent was killed")
 

@@ -50,6 +50,19 @@ func faultDocuments() map[string]string {
 		harness.Allow("shop", "allow-client", "server", []int{8080}, "client")}
 }
 
+// killAgent kills the agent and waits for the next one.
+func killAgent(t *testing.T, m *harness.Mesh) {
+	t.Helper()
+	before := m.Pid("agent")
+	m.Kill("agent")
+	m.Eventually(30*time.Second, "another agent", func() error {
+		if _, err := m.Client.AgentStatus(t.Context()); err != nil || m.Pid("agent") == before {
+			return fmt.Errorf("not yet: %w", err)
+		}
+		return nil
+	})
+}
+
 // startFaultMesh starts a mesh and its load. The canary is looked for on the
 // wire from the first packet on.
 func startFaultMesh(t *testing.T) *faultMesh {

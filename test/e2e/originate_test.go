@@ -419,14 +419,7 @@ spec: {reason: a test, serviceAccounts: [%s]}
 	}
 
 	h := hold(t, m.Pod("client"), at)
-	before := m.Pid("agent")
-	m.Kill("agent")
-	m.Eventually(20*time.Second, "another agent", func() error {
-		if _, err := m.Client.AgentStatus(t.Context()); err != nil || m.Pid("agent") == before {
-			return fmt.Errorf("not yet: %w", err)
-		}
-		return nil
-	})
+	killAgent(t, m)
 	ends("the caller", h, func() { quarantine("shop/client") }, `quarantined by "incident-7": caller `+sa("client")+" is cut off")
 	m.Eventually(5*time.Second, "who is quarantined to call nobody", func() error {
 		if callEcho(t.Context(), m.Pod("client"), at) == nil {

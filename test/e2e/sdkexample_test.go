@@ -20,10 +20,9 @@ import (
 	"github.com/signet-mesh/signet/test/harness"
 )
 
-// TestSDKExample: examples/sdk does what its comment says, as two workloads that
-// are two users.
-func TestSDKExample(t *testing.T) {
-	// In a place that every user has a way to.
+// everyonesDir is a folder to which every user has a way.
+func everyonesDir(t *testing.T) string {
+	t.Helper()
 	dir, err := os.MkdirTemp("/run", "sdk-")
 	if err != nil {
 		t.Fatal(err)
@@ -32,6 +31,13 @@ func TestSDKExample(t *testing.T) {
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
+	return dir
+}
+
+// TestSDKExample: examples/sdk does what its comment says, as two workloads that
+// are two users.
+func TestSDKExample(t *testing.T) {
+	dir := everyonesDir(t)
 	exe := filepath.Join(dir, "sdk")
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", exe, "../../examples/sdk").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -128,14 +134,7 @@ func TestSDKReadme(t *testing.T) {
 			documents.WriteString(b[2])
 		}
 	}
-	dir, err := os.MkdirTemp("/run", "sdk-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	dir := everyonesDir(t)
 	m := harness.Start(t, harness.Options{Dir: dir, Pods: map[string]string{"web": "10.88.0.20", "batch": "10.88.0.21"}, Documents: map[string]string{"mesh.yaml": documents.String()}})
 	startNginx(t, m.Pod("web"))
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute) // programs end in the clean-up

@@ -29,6 +29,10 @@ import (
 // tests of a package.
 const envBin = "SIGNET_HARNESS_BIN"
 
+// envBuilt names the same directory to who is to remove it: the program that built
+// it, or the one that this becomes in lab.Isolate, and none that those start.
+const envBuilt = "SIGNET_HARNESS_BUILT"
+
 // Main builds the programs and runs a package's tests in namespaces of their
 // own. It is the whole body of a TestMain.
 func Main(m *testing.M) {
@@ -36,11 +40,29 @@ func Main(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "building the programs under test:", err)
 		os.Exit(1)
 	}
-	lab.Main(m)
+	if _, err := lab.Isolate(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	built := os.Getenv(envBuilt)
+	_ = os.Unsetenv(envBuilt)
+	code := m.Run()
+	_ = os.Setenv(envBuilt, built)
+	RemoveBuilt()
+	os.Exit(code)
+}
+
+// RemoveBuilt removes what Build made.
+func RemoveBuilt() {
+	if dir := os.Getenv(envBuilt); dir != "" {
+		_ = os.RemoveAll(dir)
+		_ = os.Unsetenv(envBuilt)
+		_ = os.Unsetenv(envBin)
+	}
 }
 
 // Build builds the programs that Start runs, unless an outer process already
-// has. Call it before lab.Isolate.
+// has. Call it before lab.Isolate, and RemoveBuilt at the end.
 func Build(race bool) error {
 	if os.Getenv(envBin) != "" {
 		return nil
@@ -57,9 +79,9 @@ func Build(race bool) error {
 	cmd.Dir = root()
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	if err := cmd.Run(); err != nil {
-		return err
+		return errors.Join(err, os.RemoveAll(dir))
 	}
-	return os.Setenv(envBin, dir)
+	return errors.Join(os.Setenv(envBin, dir), os.Setenv(envBuilt, dir))
 }
 
 // Bin is the path of a program under test.

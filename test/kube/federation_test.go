@@ -43,6 +43,7 @@ func (b *bench) startPartner(on *cluster.Node) (m *harness.Mesh, source *workloa
 	if err := harness.Build(false); err != nil {
 		b.Fatal(err)
 	}
+	b.Cleanup(harness.RemoveBuilt)
 	exe, err := os.Executable()
 	if err != nil {
 		b.Fatal(err)

@@ -73,6 +73,7 @@ func run(o *options) error {
 	if err := harness.Build(false); err != nil {
 		return err
 	}
+	defer harness.RemoveBuilt()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	dir, err := os.MkdirTemp("", "bench-spire-")

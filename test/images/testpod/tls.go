@@ -7,7 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"time"
@@ -90,7 +90,7 @@ func serveTLS(ctx context.Context, l net.Listener, id string) error {
 	s := &http.Server{
 		TLSConfig:         config,
 		ReadHeaderTimeout: time.Minute,
-		ErrorLog:          log.New(io.Discard, "", 0), // what is printed is JSON
+		ErrorLog:          slog.NewLogLogger(slog.DiscardHandler, slog.LevelError), // what is printed is JSON
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			caller, err := x509svid.IDFromCert(r.TLS.PeerCertificates[0])
 			if err != nil {
