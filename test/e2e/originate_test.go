@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
@@ -134,6 +135,18 @@ func withSPIFFE(t *testing.T, pod *lab.Pod, port string, config *tls.Config) *gu
 		}
 	})
 	return g
+}
+
+// echoTLS answers whoever proves an identity, on port 9443 of a pod.
+func echoTLS(t *testing.T, pod *lab.Pod, source *workloadapi.X509Source) {
+	t.Helper()
+	inner, err := pod.Listen("tcp", ":9443")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := tls.NewListener(inner, tlsconfig.MTLSServerConfig(source, source, tlsconfig.AuthorizeAny()))
+	t.Cleanup(func() { l.Close() })
+	go acceptAll(l, echo)
 }
 
 // greeted calls from a pod in plain, and wants the greeting and an echo.
@@ -376,17 +389,8 @@ func TestOriginateEnds(t *testing.T) {
 		Documents: map[string]string{"mesh.yaml": base, "policies.yaml": grant},
 	})
 	direct, server := spiffeSource(t, m, sa("direct")), spiffeSource(t, m, sa("server"))
-	echoTLS := func(pod, port string, config *tls.Config) {
-		inner, err := m.Pod(pod).Listen("tcp", ":"+port)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l := tls.NewListener(inner, config)
-		t.Cleanup(func() { l.Close() })
-		go acceptAll(l, echo)
-	}
-	echoTLS("bare", "9443", tlsconfig.MTLSServerConfig(direct, direct, tlsconfig.AuthorizeAny()))
-	echoTLS("server", "9443", tlsconfig.MTLSServerConfig(server, server, tlsconfig.AuthorizeAny()))
+	echoTLS(t, m.Pod("bare"), direct)
+	echoTLS(t, m.Pod("server"), server)
 	const at = vipDirect + ":81"
 	neighbour := hold(t, m.Pod("second"), at)
 	ends := func(what string, h *held, cause func(), reason string) {

@@ -180,6 +180,11 @@ func TestDistrust(t *testing.T) {
 	m := rotating(t, time.Hour) // the life of certificates is no help
 	stolen := stolenForge(t, m).sign(t, nil, "spiffe://mesh.test/ns/shop/sa/red")
 	red, blue := hold(t, m.Pod("red"), serverAt), hold(t, m.Pod("blue"), serverAt)
+	// A program that is not captured and hears of nothing: only the caller's node can
+	// end what leads to it.
+	m.Edit("direct.yaml", sdkWorkload(t, "direct")+speaker("direct", vipDirect, m.Pod("stranger").Addr.String(), sa("direct")))
+	echoTLS(t, m.Pod("stranger"), spiffeSource(t, m, sa("direct")))
+	direct := hold(t, m.Pod("red"), vipDirect+":81")
 	thief, err := m.Pod("stranger").Dial(t.Context(), "tcp", "10.88.0.12:15008")
 	if err != nil {
 		t.Fatal(err)
@@ -220,7 +225,7 @@ func TestDistrust(t *testing.T) {
 	if _, err := io.Copy(io.Discard, tunnel); err == nil || timedOut(err) {
 		t.Errorf("the thief's tunnel is still open: %v", err)
 	}
-	for name, h := range map[string]*held{"red": red, "blue": blue} {
+	for name, h := range map[string]*held{"red": red, "blue": blue, "red, without a tunnel": direct} {
 		if err := h.ping(); err == nil || timedOut(err) {
 			t.Errorf("a connection of %s from before is still open: %v", name, err)
 		}
@@ -230,6 +235,9 @@ func TestDistrust(t *testing.T) {
 		if err := callEcho(t.Context(), m.Pod(name), serverAt); err != nil {
 			t.Errorf("a new call of %s: %v", name, err)
 		}
+	}
+	if err := callEcho(t.Context(), m.Pod("red"), vipDirect+":81"); err != nil {
+		t.Errorf("a new call without a tunnel: %v", err)
 	}
 	t.Logf("new calls were served after %s", time.Since(began).Round(10*time.Millisecond))
 	certs, err := m.Client.Certificates(t.Context())
@@ -247,11 +255,7 @@ func TestDistrust(t *testing.T) {
 
 	// It ends tunnels once.
 	again := hold(t, m.Pod("red"), serverAt)
-	m.Kill("agent")
-	m.Eventually(30*time.Second, "the agent to be back", func() error {
-		_, err := m.Client.AgentStatus(t.Context())
-		return err
-	})
+	killAgent(t, m)
 	time.Sleep(3 * time.Second)
 	if err := again.ping(); err != nil {
 		t.Errorf("a connection from afterwards ended when the agent was started again: %v", err)
