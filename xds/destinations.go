@@ -32,7 +32,7 @@ func Destination(v *mesh.View, node, name string) (Resource, bool) {
 	if !ok {
 		return Resource{}, false
 	}
-	r, err := NewResource(name, where.cluster(name, v.State.TrustDomain))
+	r, err := NewResource(name, where.cluster(name))
 	return r, err == nil
 }
 
@@ -182,7 +182,7 @@ func meshed(s *mesh.State, w *mesh.Workload) *mesh.Workload {
 // with metadata that says where the tunnel goes and who must answer; an
 // endpoint outside the mesh is its address. TLS of the application's own that goes
 // by a tunnel is the endpoint's transport; see insideTunnels.
-func (d destination) cluster(name string, td spiffeid.TrustDomain) *clusterv3.Cluster {
+func (d destination) cluster(name string) *clusterv3.Cluster {
 	var eps []*endpointv3.LbEndpoint
 	plain, six := false, false
 	for _, h := range d.hops {
@@ -191,7 +191,7 @@ func (d destination) cluster(name string, td spiffeid.TrustDomain) *clusterv3.Cl
 			eps = append(eps, plainEndpoint(h.addr))
 			continue
 		}
-		eps = append(eps, securedEndpoint(h, td))
+		eps = append(eps, securedEndpoint(h))
 	}
 	c := &clusterv3.Cluster{
 		Name:                 name,
@@ -225,19 +225,17 @@ func plainEndpoint(a netip.AddrPort) *endpointv3.LbEndpoint {
 
 // securedEndpoint is an internal listener from which a connection goes on by mutual
 // TLS, with metadata that says where to and who must answer.
-func securedEndpoint(h hop, own spiffeid.TrustDomain) *endpointv3.LbEndpoint {
+func securedEndpoint(h hop) *endpointv3.LbEndpoint {
 	meta := map[string]string{metaAuthority: h.addr.String(), metaIdentity: h.identity.String()}
+	tunnel := netip.AddrPortFrom(h.addr.Addr(), mesh.PortTunnel).String()
 	var listener string
 	switch {
 	case h.workload != nil:
-		meta[metaWorkload], listener = h.workload.Key(), listenerTunnel
+		meta[metaTunnel], meta[metaWorkload], listener = tunnel, h.workload.Key(), listenerTunnel
 	case h.originate:
-		meta[metaALPN], listener = strings.Join(h.alpn, ","), originateName(h.identity.TrustDomain(), own)
+		meta[metaALPN], listener = strings.Join(h.alpn, ","), originateName(h.identity.TrustDomain())
 	default: // what its mesh calls it is not known here
-		listener = foreignTunnel(h.identity.TrustDomain())
-	}
-	if h.workload != nil || !h.originate {
-		meta[metaTunnel] = netip.AddrPortFrom(h.addr.Addr(), mesh.PortTunnel).String()
+		meta[metaTunnel], listener = tunnel, foreignTunnel(h.identity.TrustDomain())
 	}
 	out := &endpointv3.LbEndpoint{
 		Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metadataKey: textStruct(meta)}},
@@ -249,7 +247,7 @@ func securedEndpoint(h hop, own spiffeid.TrustDomain) *endpointv3.LbEndpoint {
 		}},
 	}
 	if h.workload != nil && h.originate {
-		out.Metadata.FilterMetadata["envoy.transport_socket_match"] = textStruct(map[string]string{insideTunnel: h.insideTunnel()})
+		out.Metadata.FilterMetadata["envoy.transport_socket_match"] = textStruct(map[string]string{matchInside: h.insideTunnel()})
 	}
 	return out
 }

@@ -33,9 +33,10 @@ const (
 
 	listenerTunnel = "tunnel"
 
-	// originatePrefix begins the names of what speaks mutual TLS to applications that
-	// are in no tunnel.
-	originatePrefix = "originate"
+	// UpstreamInside begins what an audit line calls an upstream inside the proxy, and
+	// UpstreamTunnel what it calls the tunnels; the endpoint's address follows.
+	UpstreamInside = "envoy://"
+	UpstreamTunnel = UpstreamInside + listenerTunnel + "/"
 
 	// metadataKey is the filter metadata namespace of everything here.
 	metadataKey = "signet"
@@ -66,13 +67,8 @@ func ForeignSecret(td spiffeid.TrustDomain) string { return BundleSecret + "|" +
 func foreignTunnel(td spiffeid.TrustDomain) string { return clusterTunnel + "|" + td.Name() }
 
 // originateName is the internal listener of connections that leave as mutual TLS with
-// an application of a trust domain, and the cluster by which they do.
-func originateName(td, own spiffeid.TrustDomain) string {
-	if td == own {
-		return originatePrefix
-	}
-	return originatePrefix + "|" + td.Name()
-}
+// an application of a trust domain that is in no tunnel, and the cluster by which they do.
+func originateName(td spiffeid.TrustDomain) string { return "originate|" + td.Name() }
 
 // SecretID returns the identity that an SDS name stands for.
 func SecretID(name string) (spiffeid.ID, bool) {

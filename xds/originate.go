@@ -19,8 +19,8 @@ import (
 // tunnel if the application is captured, so that its own proxy decides first, as ever;
 // and from a listener and cluster for each trust domain if it is not.
 
-// insideTunnel is the key by which an endpoint says what is spoken inside its tunnel.
-const insideTunnel = "inside"
+// matchInside is the key by which an endpoint says what is spoken inside its tunnel.
+const matchInside = "inside"
 
 // insideTunnel names what is spoken with an application inside its tunnel.
 func (h *hop) insideTunnel() string {
@@ -43,7 +43,7 @@ func (d destination) insideTunnels() []*clusterv3.Cluster_TransportSocketMatch {
 		}
 		kinds[name] = &clusterv3.Cluster_TransportSocketMatch{
 			Name:  name,
-			Match: &structpb.Struct{Fields: map[string]*structpb.Value{insideTunnel: structpb.NewStringValue(name)}},
+			Match: &structpb.Struct{Fields: map[string]*structpb.Value{matchInside: structpb.NewStringValue(name)}},
 			TransportSocket: internalUpstream(
 				clientTLS(applicationTLS(), validation(BundleSecret, exactName(h.identity)), h.alpn...), endpointMetadata()),
 		}
@@ -67,22 +67,22 @@ func exactName(id spiffeid.ID) *tlsv3.SubjectAltNameMatcher {
 // with is not for the mesh to say.
 func applicationTLS() *tlsv3.TlsParameters {
 	out := tlsParams()
-	out.EcdhCurves = append(slices.Clone(out.EcdhCurves), "P-256")
+	out.EcdhCurves = append(out.EcdhCurves, "P-256")
 	return out
 }
 
 // originators adds what speaks with applications that are not captured, for each trust
 // domain apart, as foreignTunnels does for tunnels.
 func (b *builder) originators() {
-	own := b.view.State.TrustDomain
-	b.originator(originateName(own, own), BundleSecret, own)
+	b.originator(b.view.State.TrustDomain, BundleSecret)
 	for i := range b.view.State.Federations {
 		td := b.view.State.Federations[i].TrustDomain
-		b.originator(originateName(td, own), ForeignSecret(td), td)
+		b.originator(td, ForeignSecret(td))
 	}
 }
 
-func (b *builder) originator(name, secret string, td spiffeid.TrustDomain) {
+func (b *builder) originator(td spiffeid.TrustDomain, secret string) {
+	name := originateName(td)
 	const once = sfsv3.FilterStateValue_ONCE
 	alpn := stateValue("envoy.network.application_protocols", endpointMeta(metaALPN), "", once)
 	alpn.SkipIfEmpty, alpn.GetFormatString().OmitEmptyValues = true, true
@@ -99,14 +99,8 @@ func (b *builder) originator(name, secret string, td spiffeid.TrustDomain) {
 			AccessLog:        b.accessLog(LineOriginate),
 			AccessLogOptions: &tcpv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
 		})))
-	b.add(name, &clusterv3.Cluster{
-		Name:                 name,
-		CircuitBreakers:      unlimited(),
-		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
-		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
-		ConnectTimeout:       seconds(5),
-		CleanupInterval:      seconds(60),
-		UpstreamBindConfig:   insideNamespace(b.opts.IPv6),
-		TransportSocket:      clientTLS(applicationTLS(), validation(secret, workloadName(td))),
-	})
+	c := b.dialled(name)
+	c.CleanupInterval = seconds(60)
+	c.TransportSocket = clientTLS(applicationTLS(), validation(secret, workloadName(td)))
+	b.add(name, c)
 }

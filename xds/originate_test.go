@@ -52,10 +52,10 @@ func TestOriginateInsideTunnels(t *testing.T) {
 	want := map[string]string{"10.1.0.1:8443": "blue h2", "10.1.0.2:8443": "green ", "10.1.0.3:8443": ""}
 	for _, e := range c.LoadAssignment.Endpoints[0].LbEndpoints {
 		at := e.Metadata.FilterMetadata[metadataKey].AsMap()
-		name := e.Metadata.FilterMetadata["envoy.transport_socket_match"].AsMap()[insideTunnel]
+		name := e.Metadata.FilterMetadata["envoy.transport_socket_match"].AsMap()[matchInside]
 		got := ""
 		for _, m := range c.TransportSocketMatches {
-			if m.Match.AsMap()[insideTunnel] == name && name != nil {
+			if m.Match.AsMap()[matchInside] == name && name != nil {
 				got = insideTLS(t, m)
 			}
 		}

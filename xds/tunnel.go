@@ -50,34 +50,34 @@ const (
 // sharedClusters adds the four clusters that every node has.
 func (b *builder) sharedClusters() {
 	b.add(clusterTunnel, b.tunnelCluster(clusterTunnel, BundleSecret, b.view.State.TrustDomain))
-	b.add(clusterLocal, &clusterv3.Cluster{
-		Name:            clusterLocal,
-		CircuitBreakers: unlimited(),
-		// Read from the application one chunk at a time, so that its end of
-		// data is noticed after the chunks before it and not with them; see
-		// docs/decisions.md, "Servers that close first".
-		PerConnectionBufferLimitBytes: u32(1),
-		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
-		LbPolicy:                      clusterv3.Cluster_CLUSTER_PROVIDED,
-		ConnectTimeout:                seconds(5),
-		UpstreamBindConfig:            insideNamespace(b.opts.IPv6),
-		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
-			UseHttpHeader:  true,
-			HttpHeaderName: ":authority",
-		}},
+	local := b.dialled(clusterLocal)
+	// Read from the application one chunk at a time, so that its end of
+	// data is noticed after the chunks before it and not with them; see
+	// docs/decisions.md, "Servers that close first".
+	local.PerConnectionBufferLimitBytes = u32(1)
+	local.LbConfig = &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
+		UseHttpHeader:  true,
+		HttpHeaderName: ":authority",
+	}}
+	b.add(clusterLocal, local)
+	b.add(clusterPlain, b.dialled(clusterPlain))
+	b.add(clusterRefuse, &clusterv3.Cluster{
+		Name:                 clusterRefuse,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 	})
-	b.add(clusterPlain, &clusterv3.Cluster{
-		Name:                 clusterPlain,
+}
+
+// dialled is a cluster of whatever address each connection is for, which is dialled
+// from inside the network namespace that the connection is of.
+func (b *builder) dialled(name string) *clusterv3.Cluster {
+	return &clusterv3.Cluster{
+		Name:                 name,
 		CircuitBreakers:      unlimited(),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:       seconds(5),
 		UpstreamBindConfig:   insideNamespace(b.opts.IPv6),
-	})
-	b.add(clusterRefuse, &clusterv3.Cluster{
-		Name:                 clusterRefuse,
-		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
-	})
+	}
 }
 
 // unlimited takes away the proxy's default of 1,024 connections at a time for
@@ -96,42 +96,36 @@ func unlimited() *clusterv3.CircuitBreakers {
 // leave. Three things vary per connection, and arrive as filter state: the address to dial,
 // the identity that the peer must prove, and the certificate to present.
 func (b *builder) tunnelCluster(name, secret string, td spiffeid.TrustDomain) *clusterv3.Cluster {
-	return &clusterv3.Cluster{
-		Name:                 name,
-		CircuitBreakers:      unlimited(),
-		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
-		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
-		ConnectTimeout:       seconds(5),
-		Metadata:             b.tunnelsSince(),
-		// How long a destination that nobody uses keeps its pooled tunnels.
-		CleanupInterval:    seconds(60),
-		UpstreamBindConfig: insideNamespace(b.opts.IPv6),
-		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
-			UpstreamPortOverride: u32(mesh.PortTunnel),
-		}},
-		TypedExtensionProtocolOptions: map[string]*anypb.Any{
-			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
-				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
-					MaxRequestsPerConnection: u32(tunnelLifetime),
-					// The other end says so earlier, but its timers stand still
-					// while its machine is suspended.
-					MaxConnectionDuration: durationpb.New(b.tunnelLife()),
-				},
-				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
-					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
-						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
-							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
-								MaxConcurrentStreams:        u32(tunnelStreams),
-								InitialStreamWindowSize:     u32(streamWindow),
-								InitialConnectionWindowSize: u32(connectionWindow),
-							},
+	c := b.dialled(name)
+	c.Metadata = b.tunnelsSince()
+	// How long a destination that nobody uses keeps its pooled tunnels.
+	c.CleanupInterval = seconds(60)
+	c.LbConfig = &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
+		UpstreamPortOverride: u32(mesh.PortTunnel),
+	}}
+	c.TypedExtensionProtocolOptions = map[string]*anypb.Any{
+		"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(&httpv3.HttpProtocolOptions{
+			CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+				MaxRequestsPerConnection: u32(tunnelLifetime),
+				// The other end says so earlier, but its timers stand still
+				// while its machine is suspended.
+				MaxConnectionDuration: durationpb.New(b.tunnelLife()),
+			},
+			UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+				ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+					ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
+						Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
+							MaxConcurrentStreams:        u32(tunnelStreams),
+							InitialStreamWindowSize:     u32(streamWindow),
+							InitialConnectionWindowSize: u32(connectionWindow),
 						},
 					},
 				},
-			}),
-		},
-		TransportSocket: clientTLS(tlsParams(), validation(secret, workloadName(td)), "h2"),
+			},
+		}),
 	}
+	c.TransportSocket = clientTLS(tlsParams(), validation(secret, workloadName(td)), "h2")
+	return c
 }
 
 // clientTLS speaks mutual TLS with the certificate that filter state names.
