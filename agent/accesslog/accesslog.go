@@ -105,11 +105,11 @@ func Decode(b []byte) (audit.Event, bool, error) {
 			return audit.Event{}, false, err
 		}
 	case xds.LineOutbound:
-		endpoint, tunnelled := strings.CutPrefix(l.Upstream, "envoy://tunnel/")
+		endpoint, tunnelled := strings.CutPrefix(l.Upstream, xds.UpstreamTunnel)
 		switch {
 		case tunnelled && unproven(l.Failure):
 			insideTunnel(&l, &e, endpoint)
-		case strings.HasPrefix(l.Upstream, "envoy://"):
+		case strings.HasPrefix(l.Upstream, xds.UpstreamInside):
 			return audit.Event{}, false, nil // the line of where it went on is the record
 		default:
 			outbound(&l, &e)
@@ -211,9 +211,9 @@ func severalNames(l *line) bool {
 
 // tunnel is a connection that left, or should have left, through a tunnel.
 func tunnel(l *line, e *audit.Event) error {
-	conn := strings.Fields(l.Conn)
-	if len(conn) != 3 {
-		return fmt.Errorf("access log: conn %q: want workload, source and destination", l.Conn)
+	conn, err := captured(l)
+	if err != nil {
+		return err
 	}
 	r := &e.Record
 	e.Final = l.Type == "TcpConnectionEnd"
@@ -265,12 +265,22 @@ func tunnel(l *line, e *audit.Event) error {
 	return nil
 }
 
+// captured is what the captured connection said of itself: workload, source and
+// destination.
+func captured(l *line) ([]string, error) {
+	conn := strings.Fields(l.Conn)
+	if len(conn) != 3 {
+		return nil, fmt.Errorf("access log: conn %q: want workload, source and destination", l.Conn)
+	}
+	return conn, nil
+}
+
 // originate is a connection that left, or should have left, as mutual TLS with an
 // application that is not captured.
 func originate(l *line, e *audit.Event) error {
-	conn := strings.Fields(l.Conn)
-	if len(conn) != 3 {
-		return fmt.Errorf("access log: conn %q: want workload, source and destination", l.Conn)
+	conn, err := captured(l)
+	if err != nil {
+		return err
 	}
 	r := &e.Record
 	e.Final = l.Type == "TcpConnectionEnd"
