@@ -88,28 +88,38 @@ func (l *live) see(e *audit.Event) {
 		}
 		return
 	}
-	ends := [2]string{r.Destination.Via, r.Destination.Address}
+	follow := arrived
 	if leaves {
-		ends = [2]string{r.Source.Via, r.Destination.Via}
+		follow = left
 	}
-	local, err1 := netip.ParseAddrPort(ends[0])
-	remote, err2 := netip.ParseAddrPort(ends[1])
-	from, err3 := spiffeid.FromString(r.Source.ID)
-	c := liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
-	var err4 error
-	switch {
-	case leaves:
-		c.workload = r.Source.Workload
-		c.to, err4 = spiffeid.FromString(r.Destination.ID)
-	case r.Transport == audit.Direct:
-		c.direct = caller(c.workload, r.Source.Address)
-	}
-	if err := errors.Join(err1, err2, err3, err4); err != nil {
+	c, err := follow(r)
+	if err != nil {
 		l.log.Error("an open connection cannot be followed", "id", r.ID, "error", err)
 		return
 	}
 	l.conns[r.ID] = c
 	l.judge(r.ID)
+}
+
+// arrived reads the record of a connection at its destination.
+func arrived(r *audit.Record) (liveConn, error) {
+	local, err1 := netip.ParseAddrPort(r.Destination.Via)
+	remote, err2 := netip.ParseAddrPort(r.Destination.Address)
+	from, err3 := spiffeid.FromString(r.Source.ID)
+	c := liveConn{from: from, serial: r.Source.Serial, workload: r.Destination.Workload, local: local, remote: remote}
+	if r.Transport == audit.Direct {
+		c.direct = caller(c.workload, r.Source.Address)
+	}
+	return c, errors.Join(err1, err2, err3)
+}
+
+// left reads the record, at its source, of a connection with an application.
+func left(r *audit.Record) (liveConn, error) {
+	local, err1 := netip.ParseAddrPort(r.Source.Via)
+	remote, err2 := netip.ParseAddrPort(r.Destination.Via)
+	from, err3 := spiffeid.FromString(r.Source.ID)
+	to, err4 := spiffeid.FromString(r.Destination.ID)
+	return liveConn{from: from, to: to, workload: r.Source.Workload, local: local, remote: remote}, errors.Join(err1, err2, err3, err4)
 }
 
 // update puts a new state into force and judges every open connection by it.
