@@ -397,11 +397,11 @@ func TestOriginateEnds(t *testing.T) {
 		t.Helper()
 		over, began := h.ending(), time.Now()
 		cause()
-		over1 := <-over
-		if over1.IsZero() || over1.Sub(began) > 3*time.Second {
-			t.Errorf("%s: the open connection ended at %v, want within 3s", what, over1)
+		ended := <-over
+		if ended.IsZero() || ended.Sub(began) > 3*time.Second {
+			t.Errorf("%s: the open connection ended at %v, want within 3s", what, ended)
 		}
-		t.Logf("%s: the connection ended after %s", what, over1.Sub(began).Round(time.Millisecond))
+		t.Logf("%s: the connection ended after %s", what, ended.Sub(began).Round(time.Millisecond))
 		if reason == "" {
 			return
 		}

@@ -45,10 +45,9 @@ func Main(m *testing.M) {
 		os.Exit(1)
 	}
 	built := os.Getenv(envBuilt)
-	_ = os.Unsetenv(envBuilt)
+	_ = os.Unsetenv(envBuilt) // not for what the tests start
 	code := m.Run()
-	_ = os.Setenv(envBuilt, built)
-	RemoveBuilt()
+	_ = os.RemoveAll(built)
 	os.Exit(code)
 }
 
