@@ -48,7 +48,7 @@ func (c *corpus) issue(id string, edits ...edit) []byte { return c.leaf(c.interm
 
 // makeCorpus makes every case anew.
 func makeCorpus(t *testing.T, now time.Time) *corpus {
-	c := &corpus{pki: newPKI(t, now)}
+	c := &corpus{pki: newPKI(now)}
 	c.goodOnes()
 	c.spellings()
 	c.randomNames()

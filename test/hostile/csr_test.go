@@ -268,7 +268,7 @@ func (w *controlWorld) ask(csr []byte) ([][]byte, error) {
 // anything is refused; and whatever a request says, nothing of it but the public
 // key is in what is signed.
 func TestRequests(t *testing.T) {
-	p := newPKI(t, hour())
+	p := newPKI(hour())
 	w := newControlWorld(t, p)
 	all := makeRequests(p)
 	answered := 0
@@ -301,7 +301,7 @@ func TestRequests(t *testing.T) {
 // TestRequestsTogether shows the same requests in batches: each is answered as by
 // itself, whatever stands beside it.
 func TestRequestsTogether(t *testing.T) {
-	p := newPKI(t, hour())
+	p := newPKI(hour())
 	w := newControlWorld(t, p)
 	answered := 0
 	for chunk := range slices.Chunk(makeRequests(p), caserver.MaxMany) {

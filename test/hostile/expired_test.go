@@ -84,7 +84,7 @@ func (s *stream) close() {
 // What it defends: the rule ahead of the policies that compares the end of a
 // certificate with the wall clock (package xds, expiry.go).
 func TestExpiredInATunnel(t *testing.T) {
-	p := newPKI(t, time.Now())
+	p := newPKI(time.Now())
 	n := startNode(t, p)
 	ends := time.Now().Add(6 * time.Second).Truncate(time.Second)
 	show := func(to []byte) *tls.Certificate {
@@ -152,7 +152,7 @@ func TestExpiredInATunnel(t *testing.T) {
 // (tunnelCluster in package xds). The timers of the one that it leads to stand still
 // while its machine is suspended.
 func TestCallersTimers(t *testing.T) {
-	p := newPKI(t, time.Now())
+	p := newPKI(time.Now())
 	n := (&node{pki: p, ttl: 10 * time.Second}).start(t)
 	e := &endpoint{cert: &tls.Certificate{Certificate: [][]byte{p.leaf(p.intermediate, idWeb), p.intermediate.der}, PrivateKey: p.keys.p256}}
 	e.start(t, n.lab.Pod("remote"))

@@ -25,7 +25,7 @@ import (
 // that says so and the names that are wanted in it. Either alone is enough: each
 // is tried without the other.
 func TestNoCertificate(t *testing.T) {
-	p := newPKI(t, time.Now())
+	p := newPKI(time.Now())
 	partner := []xds.Trust{{
 		Domain: spiffeid.RequireTrustDomainFromString("partner.test"),
 		PEM:    pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.foreign.der}),

@@ -6,15 +6,16 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/md5" //nolint:gosec // so that it can be refused
-	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1" //nolint:gosec // so that it can be refused
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"io"
+	"math/big"
+	"math/rand/v2"
 	"slices"
-	"testing"
-	"testing/cryptotest"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -52,20 +53,51 @@ func curveKey(curve elliptic.Curve, name string) *ecdsa.PrivateKey {
 	return must(ecdsa.ParseRawPrivateKey(curve, b))
 }
 
-// makeKeys makes the same keys in every run.
-func makeKeys(t *testing.T) (k keys) {
-	t.Run("keys", func(t *testing.T) {
-		cryptotest.SetGlobalRandom(t, seed)
-		sum := sha256.Sum256([]byte("ed25519"))
-		k = keys{
-			p256: curveKey(elliptic.P256(), "leaf"), other: curveKey(elliptic.P256(), "other"),
-			p384: curveKey(elliptic.P384(), "leaf"), p521: curveKey(elliptic.P521(), "leaf"), p224: curveKey(elliptic.P224(), "leaf"),
-			rsa2048: must(rsa.GenerateKey(rand.Reader, 2048)), rsa1024: must(rsa.GenerateKey(rand.Reader, 1024)),
-			ed25519: ed25519.NewKeyFromSeed(sum[:]),
+// rsaFrom derives a key from its name. It does so itself: the standard library makes
+// RSA keys from the process's random source alone, and to replace that is a race with
+// each connection that a test before has left to end.
+func rsaFrom(name string, size int) *rsa.PrivateKey {
+	stream := rand.NewChaCha8(sha256.Sum256([]byte(name)))
+	one, e := big.NewInt(1), big.NewInt(65537)
+	for {
+		p, q := primeFrom(stream, size/2), primeFrom(stream, size/2)
+		phi := new(big.Int).Mul(new(big.Int).Sub(p, one), new(big.Int).Sub(q, one))
+		d := new(big.Int).ModInverse(e, phi)
+		if d == nil || p.Cmp(q) == 0 {
+			continue
 		}
-	})
-	return k
+		k := &rsa.PrivateKey{PublicKey: rsa.PublicKey{N: new(big.Int).Mul(p, q), E: int(e.Int64())}, D: d, Primes: []*big.Int{p, q}}
+		k.Precompute()
+		if err := k.Validate(); err != nil {
+			panic(err)
+		}
+		return k
+	}
 }
+
+// primeFrom is the first prime of that many bits, a multiple of 8, in a stream.
+func primeFrom(stream io.Reader, size int) *big.Int {
+	b := make([]byte, size/8)
+	for {
+		_, _ = io.ReadFull(stream, b) // the stream does not end
+		b[0] |= 0xc0                  // a product of two such has twice the bits
+		b[len(b)-1] |= 1
+		if p := new(big.Int).SetBytes(b); p.ProbablyPrime(20) {
+			return p
+		}
+	}
+}
+
+// leafKeys are the same in every run.
+var leafKeys = sync.OnceValue(func() keys {
+	sum := sha256.Sum256([]byte("ed25519"))
+	return keys{
+		p256: curveKey(elliptic.P256(), "leaf"), other: curveKey(elliptic.P256(), "other"),
+		p384: curveKey(elliptic.P384(), "leaf"), p521: curveKey(elliptic.P521(), "leaf"), p224: curveKey(elliptic.P224(), "leaf"),
+		rsa2048: rsaFrom("leaf", 2048), rsa1024: rsaFrom("leaf", 1024),
+		ed25519: ed25519.NewKeyFromSeed(sum[:]),
+	}
+})
 
 // authority signs whatever it is told to.
 type authority struct {
@@ -170,8 +202,8 @@ type pki struct {
 // clock is the real one: the proxy has no other.
 func (p *pki) clock() time.Time { return time.Now() }
 
-func newPKI(t *testing.T, now time.Time) *pki {
-	p := &pki{now: now, keys: makeKeys(t)}
+func newPKI(now time.Time) *pki {
+	p := &pki{now: now, keys: leafKeys()}
 	p.root = p.selfSigned("signet root", "root")
 	p.foreign = p.selfSigned("signet root", "foreign")
 	p.intermediate = p.authority("signet intermediate", "intermediate", p.root)

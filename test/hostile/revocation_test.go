@@ -34,7 +34,7 @@ func TestCallersCannotTellCertificates(t *testing.T) {
 		}
 	}
 
-	p := newPKI(t, time.Now())
+	p := newPKI(time.Now())
 	second := p.authority("signet second intermediate", "second", p.root) // has no list
 	leaf := func(by *authority, serial byte) (*x509.Certificate, *tls.Certificate) {
 		der := p.leaf(by, idWeb, func(c *cert) { c.serial = []byte{serial} })
