@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -148,9 +147,9 @@ func auditFilter(r *http.Request) (audit.Filter, error) {
 			if v == "" {
 				continue
 			}
-			verdict := audit.Verdict(v)
-			if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed, audit.Refused}, verdict) {
-				return f, fmt.Errorf("verdict: %q is none of allowed, denied, observed, failed, refused", v)
+			verdict, err := audit.ParseVerdict(v)
+			if err != nil {
+				return f, fmt.Errorf("verdict: %w", err)
 			}
 			f.Verdicts = append(f.Verdicts, verdict)
 		}

@@ -6,6 +6,7 @@ package agent
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"os"
@@ -142,6 +143,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	a := &agent{cfg: cfg, log: cfg.Log, node: node, live: newLive(cfg.Log), ipv6: hasIPv6(), poke: make(chan struct{}, 1)}
+	node.issued = func(ctx context.Context, leaf *x509.Certificate) { a.issued(ctx, issuedCertificate("", leaf)) }
 	a.plain = newPlaintext(cfg.Log, a.live.directs)
 	a.rules.applied, a.rules.originals, a.rules.repaired = map[string]ruled{}, map[string]capture.Originals{}, map[string]time.Time{}
 	if cfg.Pods != nil {
@@ -273,6 +275,7 @@ func (i issuer) Issue(ctx context.Context, workload string, csr []byte) ([][]byt
 	}
 	resp, err := i.client.Issue(ctx, &nodev1.IssueRequest{Workload: workload, Csr: csr, Uid: i.uid(workload)})
 	i.refusedBy("Issue", workload, err)
+	i.issued(ctx, issuedChain(workload, resp.GetChain())...)
 	return resp.GetChain(), err
 }
 
@@ -285,13 +288,16 @@ func (i issuer) IssueMany(ctx context.Context, asks []svid.Ask) ([]svid.Answer, 
 		requests[n] = &nodev1.IssueRequest{Workload: a.Workload, Csr: a.CSR, Uid: i.uid(a.Workload)}
 	}
 	answers, err := svid.AskMany(ctx, i.client, requests)
+	var issued []audit.Record
 	for n, a := range asks {
 		if err != nil {
 			i.refusedBy("Issue", a.Workload, err)
 		} else if n < len(answers) {
 			i.refusedBy("Issue", a.Workload, answers[n].Err)
+			issued = append(issued, issuedChain(a.Workload, answers[n].Chain)...)
 		}
 	}
+	i.issued(ctx, issued...)
 	return answers, err
 }
 
@@ -301,6 +307,9 @@ func (i issuer) IssueJWT(ctx context.Context, workload string, audience []string
 	}
 	resp, err := i.client.IssueJWT(ctx, &nodev1.IssueJWTRequest{Workload: workload, Uid: i.uid(workload), Audience: audience})
 	i.refusedBy("IssueJWT", workload, err)
+	if err == nil {
+		i.issued(ctx, issuedToken(workload, audience, resp.GetToken())...)
+	}
 	return resp.GetToken(), err
 }
 

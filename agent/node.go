@@ -42,6 +42,8 @@ type nodeIdentity struct {
 	token  string // file with a join token
 	log    *slog.Logger
 	renew  chan struct{} // holds one signal: the roots were set
+	// issued is told of each certificate before it is used. Nil: nobody is.
+	issued func(context.Context, *x509.Certificate)
 
 	mu        sync.Mutex
 	conns     map[net.Conn]bool // guarded by mu; open to the control plane, with a certificate of this node's
@@ -273,6 +275,9 @@ func (n *nodeIdentity) obtain(ctx context.Context, ask func(context.Context, []b
 	}
 	if pub, ok := cert.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(key.Public()) {
 		return errors.New("the control plane certified another key")
+	}
+	if n.issued != nil {
+		n.issued(ctx, cert.Leaf)
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {

@@ -32,7 +32,7 @@ type kind byte
 const (
 	kindOpen   kind = 'o' // a connection opened
 	kindUpdate kind = 'u' // an open connection's fields changed
-	kindEnd    kind = 'e' // a connection ended, or was refused
+	kindEnd    kind = 'e' // a connection ended, or was refused; a refusal or an issuance
 	kindCarry  kind = 'c' // still open when this segment file began
 	kindGap    kind = 'g' // records are missing
 	kindRetire kind = 'r' // an old segment file was deleted by retention

@@ -14,7 +14,7 @@ var ErrInvalidEvent = errors.New("invalid audit event")
 //
 // The first event about a connection gives it its Seq. One that is not final
 // opens the connection, or changes fields of an open one. A final event ends
-// it; a refused connection has only that one. Fields that an event sets win;
+// it; a refused connection, a refusal and an issuance have only that one. Fields that an event sets win;
 // those it leaves empty are kept. The store sets Seq and Node itself.
 type Event struct {
 	Record Record
@@ -32,7 +32,10 @@ func (e Event) check() error {
 	if refused := r.Verdict == Refused; refused != (r.Refusal != nil) || refused && (r.Side != "" || !e.Final) {
 		return fmt.Errorf("%w: a refusal has the verdict %q, no side, and is final", ErrInvalidEvent, Refused)
 	}
-	if r.Side != Source && r.Side != Destination && r.Refusal == nil {
+	if issued := r.Verdict == Issued; issued != (r.Issuance != nil) || issued && (r.Side != "" || !e.Final) {
+		return fmt.Errorf("%w: an issuance has the verdict %q, no side, and is final", ErrInvalidEvent, Issued)
+	}
+	if r.Side != Source && r.Side != Destination && r.Refusal == nil && r.Issuance == nil {
 		return fmt.Errorf("%w: side is %q; use %q or %q", ErrInvalidEvent, r.Side, Source, Destination)
 	}
 	if !marshals(r.Start) || !marshals(r.End) {

@@ -13,8 +13,8 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 )
 
-// Filter selects records. The zero Filter selects all; each field that is
-// set narrows it.
+// Filter selects records. The zero Filter selects all of connections and refusals;
+// each field that is set narrows it.
 type Filter struct {
 	// Since and Until bound the time: a record is selected when any part of
 	// the connection lies at or after Since and before Until. An open
@@ -25,7 +25,8 @@ type Filter struct {
 	// namespace. An end that proved no identity is selected by its local
 	// workload's name.
 	From, To string
-	// Verdicts selects any of these.
+	// Verdicts selects any of these. None: all but Issued, which tells of no use of an
+	// identity, and is selected by name or with Serial.
 	Verdicts []Verdict
 	Side     Side
 	// Open selects by whether the connection is still open.
@@ -33,8 +34,8 @@ type Filter struct {
 	// ID selects the connection with this Record.ID.
 	ID string
 	// Serial selects the connections that one end proved itself in with this
-	// certificate: its serial number in hexadecimal of either case, with or
-	// without colons and leading zeros.
+	// certificate, and its issuance: its serial number in hexadecimal of either
+	// case, with or without colons and leading zeros.
 	Serial string
 	// Limit selects the newest so many; 0 is no limit.
 	Limit int
@@ -47,10 +48,8 @@ func (f Filter) check() error {
 		}
 	}
 	for _, v := range f.Verdicts {
-		switch v {
-		case Allowed, Denied, Observed, Failed, Refused:
-		default:
-			return fmt.Errorf("audit: filter: verdict is %q; use allowed, denied, observed, failed or refused", v)
+		if _, err := ParseVerdict(string(v)); err != nil {
+			return fmt.Errorf("audit: filter: verdict: %w", err)
 		}
 	}
 	switch f.Side {
@@ -132,7 +131,7 @@ func (f Filter) match(r *Record) bool {
 		return false
 	}
 	if len(f.Verdicts) == 0 {
-		return true
+		return r.Verdict != Issued || f.Serial != ""
 	}
 	for _, v := range f.Verdicts {
 		if r.Verdict == v {

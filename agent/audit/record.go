@@ -1,11 +1,15 @@
 // Package audit keeps the node's evidence: one record per connection and
-// side, and one for whoever was refused an identity, durable before it is
-// acknowledged, chained by hash.
+// side, one for whoever was refused an identity, and one for each that was
+// issued, durable before it is acknowledged, chained by hash.
 package audit
 
-import "time"
+import (
+	"fmt"
+	"slices"
+	"time"
+)
 
-// Verdict is what happened to a connection.
+// Verdict is what happened to a connection, or to who asked for an identity.
 type Verdict string
 
 // The verdicts.
@@ -16,7 +20,20 @@ const (
 	Failed   Verdict = "failed"   // neither: the peer was not reachable, or not who it had to be
 	// Refused is no connection's: an identity was refused, see Record.Refusal.
 	Refused Verdict = "refused"
+	// Issued is no connection's: an identity was issued, see Record.Issuance.
+	Issued Verdict = "issued"
 )
+
+// Verdicts are all that there are.
+func Verdicts() []Verdict { return []Verdict{Allowed, Denied, Observed, Failed, Refused, Issued} }
+
+// ParseVerdict reads one.
+func ParseVerdict(s string) (Verdict, error) {
+	if v := Verdict(s); slices.Contains(Verdicts(), v) {
+		return v, nil
+	}
+	return "", fmt.Errorf("%q is none of %s, %s, %s, %s, %s, %s", s, Allowed, Denied, Observed, Failed, Refused, Issued)
+}
 
 // Side says which end of the connection the record was made at.
 type Side string
@@ -32,7 +49,7 @@ const (
 // behalf of the source.
 const Direct = "mtls-direct"
 
-// Record is one connection as one side saw it, or a Refusal.
+// Record is one connection as one side saw it, a Refusal, or an Issuance.
 type Record struct {
 	// Seq is the position in this node's store, rising by one.
 	Seq uint64 `json:"seq"`
@@ -73,7 +90,31 @@ type Record struct {
 	// End are when it happened first and last, and Source.Workload is the workload
 	// that was refused, if it is known.
 	Refusal *Refusal `json:"refusal,omitempty"`
+
+	// Issuance is set when the verdict is Issued. Then there is no side, Start and End
+	// are when the answer was there, and Source has the identity, the serial number (a
+	// token's jti) and the workload, which is empty when it is the node's own.
+	Issuance *Issuance `json:"issuance,omitempty"`
 }
+
+// Issuance says what the control plane issued to this node.
+type Issuance struct {
+	// Kind is KindX509 or KindJWT.
+	Kind string `json:"kind"`
+	// NotBefore, and Issuer, the hexadecimal subject key id of the certificate that
+	// signed it, are a certificate's.
+	NotBefore time.Time `json:"notBefore,omitzero"`
+	NotAfter  time.Time `json:"notAfter"`
+	Issuer    string    `json:"issuer,omitempty"`
+	// Audience is who a token is for.
+	Audience []string `json:"audience,omitempty"`
+}
+
+// The kinds of an Issuance.
+const (
+	KindX509 = "x509-svid"
+	KindJWT  = "jwt-svid"
+)
 
 // Refusal says who was refused an identity, or what goes with one.
 type Refusal struct {

@@ -46,7 +46,7 @@ func (d *auditDoc) Text(t *output.Text) {
 func (d *auditDoc) tellIssued(t *output.Text) {
 	i := d.Issued
 	if !i.Found {
-		t.Line("This control plane's issuance log does not have the certificate: another replica issued it, or one before, or nobody here.")
+		t.Line("Nobody here is known to have issued it: no issuance log of the control plane has it, and no audit of a node.")
 		t.Line("")
 		return
 	}
@@ -57,7 +57,15 @@ func (d *auditDoc) tellIssued(t *output.Text) {
 	if i.Node != "" {
 		of += " on node " + i.Node
 	}
-	t.Line("certificate ", i.Serial, " of ", i.ID, of, ": ", i.Outcome, " at ", instant(i.At), ", valid until ", instant(i.NotAfter))
+	what := "certificate "
+	if i.Kind == adminv1.IssuanceJWT {
+		what = "token "
+	}
+	by := ""
+	if i.Evidence == adminv1.EvidenceNode {
+		by = " (says the audit of that node)"
+	}
+	t.Line(what, i.Serial, " of ", i.ID, of, ": ", i.Outcome, " at ", instant(i.At), ", valid until ", instant(i.NotAfter), by)
 	t.Line("")
 }
 
@@ -84,6 +92,8 @@ func recordRows(records ...audit.Record) [][]output.Cell {
 		from, to, reason := party(r.Source), party(r.Destination), orDash(r.Reason)
 		if r.Refusal != nil {
 			from, to, reason = refused(&r)
+		} else if r.Issuance != nil {
+			from, to, reason = issuedRow(&r)
 		}
 		rows = append(rows, []output.Cell{
 			output.C(instant(r.Start)), output.C(orDash(string(r.Side))), output.S(verdictStyle(r.Verdict), r.Verdict),
@@ -150,7 +160,7 @@ func orDash(s string) string {
 
 func verdictStyle(v audit.Verdict) output.Style {
 	switch v {
-	case audit.Allowed:
+	case audit.Allowed, audit.Issued:
 		return output.Good
 	case audit.Observed:
 		return output.Warn
@@ -181,7 +191,8 @@ contacted); observed (flowed in observe mode, would have been denied);
 failed (the peer could not be reached or was not who it had to be); refused (no
 connection: a process, or this node, was refused an identity. FROM is who it was,
 TO what was asked for; how often is in the reason; what the control plane refused
-is in ` + "`signet ca refused`" + `).
+is in ` + "`signet ca refused`" + `); issued (no connection: this node got a certificate or
+token; shown only when asked for, by --verdict or --serial).
 
 With -o json the answer is one document; with --follow it is one document
 per line. Denied connections are what a mesh is for, so they are no finding:
@@ -193,6 +204,7 @@ records are therefore missing.`,
   signet audit -f --verdict denied
   signet audit --verdict refused    # who asked for an identity and got none
   signet audit --serial 5f0ad1c2    # who got this certificate, and where it was shown
+  signet audit --verdict issued --from shop/web    # what was issued to an identity, and when
   signet audit --context prod --node worker-1 --since 1h`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.audit(cmd.Context(), cmd, f) },
@@ -201,13 +213,13 @@ records are therefore missing.`,
 	flags.StringVar(&f.since, "since", "", "only connections that were open at or after this: a duration such as 10m, or an RFC 3339 time")
 	flags.StringVar(&f.from, "from", "", "only from this identity: namespace/service-account, namespace/ or SPIFFE ID")
 	flags.StringVar(&f.to, "to", "", "only to this identity, likewise")
-	flags.StringVar(&f.verdict, "verdict", "", "only allowed|denied|observed|failed|refused")
+	flags.StringVar(&f.verdict, "verdict", "", "only allowed|denied|observed|failed|refused|issued")
 	flags.StringVar(&f.side, "side", "", "only records made at the source|destination")
 	flags.StringVar(&f.node, "node", "", "only the records of this node")
 	flags.StringVar(&f.serial, "serial", "", "only connections that the certificate with this serial number was shown in, and whose it is")
 	flags.IntVar(&f.limit, "limit", 1000, "the newest N records at most; 0 is all")
 	flags.BoolVarP(&f.follow, "follow", "f", false, "go on with new records until interrupted")
-	complete(cmd, "verdict", "allowed", "denied", "observed", "failed", "refused")
+	complete(cmd, "verdict", "allowed", "denied", "observed", "failed", "refused", "issued")
 	complete(cmd, "side", "source", "destination")
 	cmd.AddCommand(a.newAuditVerifyCommand())
 	return cmd
@@ -223,10 +235,11 @@ func (a *app) query(f auditFlags) (q adminclient.AuditQuery, err error) {
 		return q, usage(fmt.Errorf("--limit %d: must be 0 or more", f.limit))
 	}
 	if f.verdict != "" {
-		q.Verdicts = []audit.Verdict{audit.Verdict(f.verdict)}
-		if !slices.Contains([]audit.Verdict{audit.Allowed, audit.Denied, audit.Observed, audit.Failed, audit.Refused}, q.Verdicts[0]) {
-			return q, usage(fmt.Errorf("--verdict %q: must be allowed, denied, observed, failed or refused", f.verdict))
+		v, err := audit.ParseVerdict(f.verdict)
+		if err != nil {
+			return q, usage(fmt.Errorf("--verdict %w", err))
 		}
+		q.Verdicts = []audit.Verdict{v}
 	}
 	if !slices.Contains([]audit.Side{"", audit.Source, audit.Destination}, q.Side) {
 		return q, usage(fmt.Errorf("--side %q: must be source or destination", f.side))
@@ -276,7 +289,7 @@ func (a *app) audit(ctx context.Context, cmd *cobra.Command, f auditFlags) error
 	}
 	doc := &auditDoc{Meta: output.NewMeta("AuditRecords"), Records: []audit.Record{}}
 	if q.Serial != "" {
-		issued, err := client.Issued(ctx, q.Serial)
+		issued, err := a.issued(ctx, client, q.Serial)
 		if err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 
 	adminv1 "github.com/signet-mesh/signet/api/admin/v1"
 	"github.com/signet-mesh/signet/api/v1alpha1"
+	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/internal/kubeclient"
 	"github.com/signet-mesh/signet/internal/mesh"
 	"github.com/signet-mesh/signet/internal/output"
@@ -99,14 +100,17 @@ func (a *app) issuedAs(ctx context.Context, replicas []*link, f revokeFlags) ([]
 	if err != nil {
 		return nil, usage(fmt.Errorf("--%s: %w", field, err))
 	}
-	for _, r := range replicas {
-		issued, err := r.Issued(ctx, asked.Serial)
-		if err != nil {
-			return nil, err
-		}
-		if issued.Found {
-			return []v1alpha1.Revocation{revocation(issued.Serial, issued.ID, issued.NotAfter)}, nil
-		}
+	if issued, err := issuedBy(ctx, replicas, asked.Serial); err != nil {
+		return nil, err
+	} else if issued.Found {
+		return []v1alpha1.Revocation{revocation(issued.Serial, issued.ID, issued.NotAfter)}, nil
+	}
+	kept, silent, err := issuedToNodes(ctx, replicas[0], adminclient.AuditQuery{Serial: asked.Serial, Limit: 1})
+	if err != nil {
+		return nil, err
+	}
+	if len(kept) > 0 {
+		return []v1alpha1.Revocation{revocation(asked.Serial, kept[0].ID, kept[0].NotAfter)}, nil
 	}
 	held, err := replicas[0].MeshCertificates(ctx, "")
 	if err != nil {
@@ -118,7 +122,8 @@ func (a *app) issuedAs(ctx context.Context, replicas []*link, f revokeFlags) ([]
 		}
 	}
 	if f.notAfter == "" {
-		return nil, fmt.Errorf("no replica of the control plane that runs now has issued %s, and no node holds it. If one issued it that is gone, give --not-after, which is when it expires, or %s for the longest that a certificate lives", asked.Serial, longestTTL)
+		a.tellUnheard(silent, held.Missing)
+		return nil, fmt.Errorf("no replica of the control plane that runs now has issued %s, and it is in no node's audit. If a replica that is gone issued it to who is no node's agent, give --not-after, which is when it expires, or %s for the longest that a certificate lives", asked.Serial, longestTTL)
 	}
 	until, err := a.notAfter(f.notAfter)
 	if err != nil {
@@ -145,8 +150,8 @@ func revocation(serial, id string, notAfter time.Time) v1alpha1.Revocation {
 }
 
 // issuedTo collects all certificates of an identity that have not expired, from
-// the logs of all replicas and from all nodes. What only a replica knew that is
-// gone is said to be missing.
+// the logs of all replicas and from all nodes. It says that there may be one which
+// only a replica knew that is gone.
 func (a *app) issuedTo(ctx context.Context, replicas []*link, id string) (found []v1alpha1.Revocation, err error) {
 	whose, err := spiffeid.FromString(id)
 	if err != nil {
@@ -172,6 +177,15 @@ func (a *app) issuedTo(ctx context.Context, replicas []*link, id string) (found 
 			add(revocation(i.Serial, i.ID, i.NotAfter))
 		}
 	}
+	kept, silent, err := issuedToNodes(ctx, replicas[0], adminclient.AuditQuery{From: whose.String(), Since: a.now().Add(-longestTTL)})
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range kept {
+		if i.Kind == "" && i.NotAfter.After(a.now()) {
+			add(revocation(i.Serial, i.ID, i.NotAfter))
+		}
+	}
 	held, err := replicas[0].MeshCertificates(ctx, "")
 	if err != nil {
 		return nil, err
@@ -181,16 +195,25 @@ func (a *app) issuedTo(ctx context.Context, replicas []*link, id string) (found 
 			add(revocation(h.Serial, h.ID, h.NotAfter))
 		}
 	}
-	for _, m := range held.Missing {
-		_, _ = fmt.Fprintf(a.err, "signet: node %s did not answer (%s); a certificate that only it knows may be missing.\n", m.Node, output.Clean(m.Error))
-	}
+	a.tellUnheard(silent, held.Missing)
 	if a.now().Sub(begun) < longestTTL {
-		_, _ = fmt.Fprintf(a.err, "signet: a replica of the control plane has known what it issued since %s only; a certificate of %s that was issued before by one that is gone may still be good. A Quarantine cuts all of it off.\n", instant(begun), output.Clean(whose.String()))
+		_, _ = fmt.Fprintf(a.err, "signet: a replica of the control plane has known what it issued since %s only; of before, the nodes' audits say what their agents got. A certificate of %s that somebody else got with a stolen node certificate may still be good. A Quarantine cuts all of it off.\n", instant(begun), output.Clean(whose.String()))
 	}
 	if len(found) == 0 {
 		return nil, fmt.Errorf("no certificate of %s that has not expired is known; nothing is revoked", whose)
 	}
 	return found, nil
+}
+
+// tellUnheard names the nodes that did not answer one of two questions.
+func (a *app) tellUnheard(lists ...[]adminv1.MissingNode) {
+	told := map[string]bool{}
+	for _, m := range slices.Concat(lists...) {
+		if !told[m.Node] {
+			told[m.Node] = true
+			_, _ = fmt.Fprintf(a.err, "signet: node %s did not answer (%s); a certificate that only it knows may be missing.\n", m.Node, output.Clean(m.Error))
+		}
+	}
 }
 
 // declareRevoked adds to the list, and removes from it what has expired. Of two

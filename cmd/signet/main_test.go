@@ -119,7 +119,8 @@ func (m *fakeMesh) serve(dir string) (stop func(), err error) {
 				if serial := r.URL.Query().Get("serial"); serial != "" && serial != rec.Source.Serial && serial != rec.Destination.Serial {
 					continue
 				}
-				if v := r.URL.Query().Get("verdict"); v == "" || slices.Contains(strings.Split(v, ","), string(rec.Verdict)) {
+				v := r.URL.Query().Get("verdict")
+				if v == "" && (rec.Verdict != audit.Issued || r.URL.Query().Get("serial") != "") || slices.Contains(strings.Split(v, ","), string(rec.Verdict)) {
 					_ = json.NewEncoder(w).Encode(rec)
 				}
 			}
@@ -229,6 +230,21 @@ var testRecords = []audit.Record{
 	{
 		Seq: 6, ID: "refused:r:3", Node: "n1", Start: testNow.Add(-4 * time.Second), End: testNow, Verdict: audit.Refused,
 		Reason: "PermissionDenied: no", Source: audit.Party{Workload: "shop/web-1"}, Refusal: &audit.Refusal{Kind: "control-plane", Call: "Issue", Count: 3, Several: true},
+	},
+	{
+		Seq: 7, ID: "issued:0c", Node: "n1", Start: testNow.Add(-3 * time.Second), End: testNow.Add(-3 * time.Second), Verdict: audit.Issued,
+		Source:   audit.Party{ID: id("shop/web"), Workload: "shop/web-1", Serial: "0c"},
+		Issuance: &audit.Issuance{Kind: audit.KindX509, NotBefore: testNow.Add(-time.Minute), NotAfter: testNow.Add(time.Hour), Issuer: "ab12"},
+	},
+	{
+		Seq: 8, ID: "issued:0d", Node: "n1", Start: testNow.Add(-2 * time.Second), End: testNow.Add(-2 * time.Second), Verdict: audit.Issued,
+		Source:   audit.Party{ID: id("shop/web"), Workload: "shop/web-1", Serial: "0d"},
+		Issuance: &audit.Issuance{Kind: audit.KindJWT, NotAfter: testNow.Add(5 * time.Minute), Audience: []string{"bank\x1b[2J"}},
+	},
+	{
+		Seq: 9, ID: "issued:0e", Node: "n1", Start: testNow.Add(-time.Second), End: testNow.Add(-time.Second), Verdict: audit.Issued,
+		Source:   audit.Party{ID: "spiffe://mesh.example/signet/node/n1", Serial: "0e"},
+		Issuance: &audit.Issuance{Kind: audit.KindX509, NotBefore: testNow.Add(-time.Minute), NotAfter: testNow.Add(24 * time.Hour), Issuer: "ab12"},
 	},
 }
 

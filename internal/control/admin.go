@@ -91,7 +91,7 @@ func (c *control) issued(serial string) (adminv1.Issuance, error) {
 
 func issuance(e *ca.Entry) adminv1.Issuance {
 	return adminv1.Issuance{
-		Found: true, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
+		Found: true, Evidence: adminv1.EvidenceLog, Kind: e.Kind, Serial: e.Serial, ID: e.ID, Node: e.Node, Workload: e.Workload,
 		At: e.Time, NotBefore: e.NotBefore, NotAfter: e.NotAfter, Outcome: string(e.Outcome),
 	}
 }

@@ -2,16 +2,27 @@ package e2e
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/test/harness"
 )
 
+// issuedHere is what the node's audit says of the issuance of a certificate or token.
+func issuedHere(m *harness.Mesh, serial string) (out []string) {
+	for _, r := range m.Records(adminclient.AuditQuery{Serial: serial, Verdicts: []audit.Verdict{audit.Issued}}) {
+		out = append(out, r.Source.Workload+" "+r.Source.ID)
+	}
+	return out
+}
+
 // TestCertificatesTogether: an agent that starts asks for its workloads' certificates
-// in few calls; each workload has its own, and each is in the issuance log. One that
-// comes later is asked for by itself.
+// in few calls; each workload has its own, and each is in the issuance log and in the
+// node's audit. One that comes later is asked for by itself.
 func TestCertificatesTogether(t *testing.T) {
 	const count = 30
 	entry := func(i int) string {
@@ -37,6 +48,9 @@ spec: {serviceAccount: w%[1]d, attest: {uid: %[2]d}}
 			}
 			serials := map[string]bool{}
 			for _, c := range certs {
+				if c.Holder == "node" && !slices.Contains(issuedHere(m, c.Serial), " "+c.ID) {
+					t.Fatalf("the node's own certificate is not in its audit: %+v", c)
+				}
 				if c.Holder == "node" || c.Serial == "" {
 					continue
 				}
@@ -46,6 +60,9 @@ spec: {serviceAccount: w%[1]d, attest: {uid: %[2]d}}
 				}
 				if i, err := m.Client.Issued(t.Context(), c.Serial); err != nil || i.ID != c.ID || i.Workload != c.Holder || i.Outcome != "issued" {
 					t.Fatalf("of %s the log has %+v, %v", c.Holder, i, err)
+				}
+				if !slices.Contains(issuedHere(m, c.Serial), c.Holder+" "+c.ID) {
+					t.Fatalf("the node has the certificate of %s, and not in its audit", c.Holder)
 				}
 			}
 			if len(serials) != want {

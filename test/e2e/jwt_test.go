@@ -266,6 +266,9 @@ func TestJWT(t *testing.T) {
 	if err != nil || !ok || entry1.Kind != ca.KindJWT || entry1.Workload != "shop/app" || entry1.Node != "n1" || entry1.Issuer != kid(t, first) || !slices.Equal(entry1.Audience, []string{ledgerID.String()}) {
 		t.Errorf("%+v, %t, %v", entry1, ok, err)
 	}
+	if got := issuedHere(m, entry1.Serial); !slices.Equal(got, []string{"shop/app " + entry1.ID}) {
+		t.Errorf("the node's audit has of the token %q", got)
+	}
 
 	if os.Getenv("SIGNET_TEST_LONG") != "" {
 		for tick := time.Now(); time.Until(first.Expiry) > 2*time.Second; time.Sleep(time.Second) {

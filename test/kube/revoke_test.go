@@ -115,7 +115,8 @@ func (b *bench) revoked(args ...string) (list revocations) {
 // with its agent's next token.
 //
 // What it defends: that each replica takes the list from the MeshConfig
-// (internal/kube/revoked.go, control.set), also when it starts.
+// (internal/kube/revoked.go, control.set), also when it starts, and that nodes keep
+// whose certificates were (agent/issued.go).
 func TestRevokeInCluster(t *testing.T) {
 	b := open(t)
 	b.twoReplicas()
@@ -198,6 +199,7 @@ func TestRevokeInCluster(t *testing.T) {
 	if list := b.revoked("revoked"); len(list.Certificates) != 1 || list.Certificates[0].Reason != "copied from a disk" {
 		t.Errorf("after both replicas were replaced: %+v", list)
 	}
+	b.rememberedByNode(serial, id(l.namespace, "client"), "node2")
 
 	// A node's own.
 	th := b.steal(node2, node1)
@@ -232,7 +234,29 @@ func TestRevokeInCluster(t *testing.T) {
 	if now := b.steal(node2, node1); now.cert.Leaf.SerialNumber.Cmp(th.cert.Leaf.SerialNumber) == 0 {
 		t.Error("the node has the revoked certificate still")
 	}
-	b.kubectl("patch", "meshconfig", "mesh", "--type=merge", "-p", `{"spec":{"revoked":null}}`)
+	unrevoke := func() { b.kubectl("patch", "meshconfig", "mesh", "--type=merge", "-p", `{"spec":{"revoked":null}}`) }
+	unrevoke()
+	// No replica has it in its log any more, and nobody holds it.
+	if list := b.revoked("revoke", "--serial", serial, "--reason", "again"); len(list.Certificates) != 1 || list.Certificates[0].ID != id(l.namespace, "client") {
+		t.Errorf("revoked again: %+v", list)
+	}
+	unrevoke()
+}
+
+// rememberedByNode: whose a certificate was, the audit of its node says when no replica
+// of the control plane knows it any more.
+func (b *bench) rememberedByNode(serial, whose, node string) {
+	b.Helper()
+	var found struct {
+		Issued struct{ Serial, ID, Workload, Node, Outcome, Evidence string }
+	}
+	out, err := b.command(b.Context(), "kubectl", "signet", "audit", "--serial", serial, "--limit=1", "-o", "json").Output()
+	if err == nil {
+		err = json.Unmarshal(out, &found)
+	}
+	if i := found.Issued; err != nil || i.Serial != serial || i.ID != whose || i.Node != node || i.Workload == "" || i.Outcome != "issued" || i.Evidence != "node" {
+		b.Errorf("of %s is known %+v, %v\n%s", serial, i, err, out)
+	}
 }
 
 // controlAddrs are the addresses of the control plane's replicas, but for those that

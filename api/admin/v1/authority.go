@@ -54,12 +54,22 @@ type UpstreamStatus struct {
 	RetryAt time.Time `json:"retryAt,omitzero"`
 }
 
-// Issuance is one certificate or token in the issuance log.
+// IssuanceJWT is the kind of a token's issuance.
+const IssuanceJWT = "jwt"
+
+// Where the evidence of an issuance is.
+const (
+	EvidenceLog  = "log"  // the issuance log of a control plane
+	EvidenceNode = "node" // the audit of the node that it was issued to
+)
+
+// Issuance is one certificate or token in the issuance log, or in a node's audit.
 type Issuance struct {
 	// Found is false, and the rest empty, when the control plane that was asked
 	// has not issued it, or not since its log began.
 	Found     bool      `json:"found"`
-	Kind      string    `json:"kind,omitempty"` // jwt; a certificate's is empty
+	Evidence  string    `json:"evidence,omitempty"` // EvidenceLog or EvidenceNode
+	Kind      string    `json:"kind,omitempty"`     // IssuanceJWT; a certificate's is empty
 	Serial    string    `json:"serial,omitempty"`
 	ID        string    `json:"id,omitempty"`
 	Node      string    `json:"node,omitempty"`     // on whose behalf it was asked for
