@@ -41,8 +41,8 @@ func setUp(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	program := filepath.Join(t.TempDir(), "shop")
-	build := exec.CommandContext(ctx, "go", "build", "-o", program, "./shop")
+	programs := t.TempDir()
+	build := exec.CommandContext(ctx, "go", "build", "-o", programs, "./shop", "./token")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -58,8 +58,9 @@ func setUp(t *testing.T) *bench {
 			t.Error(err)
 		}
 	})
-	archive := program + ".tar"
-	if err := cluster.WriteImage(archive, cluster.Image{Name: "localhost/shop:test", Programs: map[string]string{"/shop": program}, Entrypoint: []string{"/shop"}}); err != nil {
+	archive := filepath.Join(programs, "shop.tar")
+	files := map[string]string{"/shop": filepath.Join(programs, "shop"), "/token": filepath.Join(programs, "token")}
+	if err := cluster.WriteImage(archive, cluster.Image{Name: "localhost/shop:test", Programs: files, Entrypoint: []string{"/shop"}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, a := range []string{archive, images + "/signet-control.tar", images + "/signet-agent.tar", images + "/signet-proxy.tar"} {
@@ -230,8 +231,8 @@ func (b *bench) gone() {
 	}
 }
 
-// A user installs with Helm, brings a running namespace in, upgrades, and
-// uninstalls: pods run on, and nothing of it is left on a node.
+// A user installs with Helm, brings a running namespace in, upgrades, shows the mesh
+// to the web, and uninstalls: pods run on, and nothing of it is left on a node.
 func TestHelm(t *testing.T) {
 	b := setUp(t)
 	pods := b.pods()
@@ -244,6 +245,9 @@ func TestHelm(t *testing.T) {
 	b.helm(append([]string{"upgrade", "signet", "--set", "control.replicas=2", "--set", "agent.podAnnotations.second=time", "--set", "proxy.podAnnotations.second=time"}, settings...)...)
 	b.eventually(10*time.Second, b.served)
 	b.status("enforce: 3 of 3 pods enrolled")
+	company := newCompany(t)
+	b.helm(slices.Concat([]string{"upgrade", "signet", "--set", "control.replicas=2"}, b.prepareWeb(company), settings)...)
+	b.web(company)
 	if now := b.pods(); now != pods {
 		t.Errorf("enrolment and upgrade changed pods:\n%s\nwere\n%s", now, pods)
 	}
