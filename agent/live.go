@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"sync"
 
@@ -28,6 +29,7 @@ type live struct {
 	state   *nodeState            // guarded by mu
 	conns   map[string]liveConn   // guarded by mu; by record id
 	tunnels map[liveTunnel]shown  // guarded by mu; how callers proved themselves in them
+	leaving map[leaving]led       // guarded by mu; how servers did, in tunnels that leave
 	revoked map[string]revocation // guarded by mu; by record id, until it ended
 }
 
@@ -39,7 +41,7 @@ type revocation struct {
 // liveConn is one connection at its destination.
 type liveConn struct {
 	from     spiffeid.ID
-	serial   string // of the caller's certificate
+	serial   string // of the caller's certificate; where it leaves, of the application's
 	workload string // namespace/name of the destination
 	local    netip.AddrPort
 	remote   netip.AddrPort // the application; its port is what policies name
@@ -49,8 +51,16 @@ type liveConn struct {
 	to spiffeid.ID
 }
 
+// refused is why a connection ends because a certificate is revoked.
+func (c *liveConn) refused(why revokedCert) string {
+	if !c.to.IsZero() {
+		return why.ofServer()
+	}
+	return why.text()
+}
+
 func newLive(log *slog.Logger) *live {
-	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, tunnels: map[liveTunnel]shown{}, revoked: map[string]revocation{}}
+	return &live{log: log, destroy: capture.Destroy, conns: map[string]liveConn{}, tunnels: map[liveTunnel]shown{}, leaving: map[leaving]led{}, revoked: map[string]revocation{}}
 }
 
 // load takes up the connections that were open when the agent last ran.
@@ -70,6 +80,10 @@ func (l *live) load(ctx context.Context, store *audit.Store) error {
 // was ended from here.
 func (l *live) see(e *audit.Event) {
 	r := &e.Record
+	if r.Side == audit.Source && r.Transport == "mtls" {
+		l.seeLeaving(e)
+		return
+	}
 	leaves := r.Side == audit.Source && r.Transport == audit.Direct
 	if !leaves && (r.Side != audit.Destination || r.Transport != "mtls" && r.Transport != audit.Direct) {
 		return
@@ -81,11 +95,7 @@ func (l *live) see(e *audit.Event) {
 	}
 	if e.Final {
 		delete(l.conns, r.ID)
-		if why, ok := l.revoked[r.ID]; ok {
-			delete(l.revoked, r.ID)
-			r.Ended = "revoked"
-			r.Reason += "; revoked: " + why.reason
-		}
+		l.tellRevoked(r)
 		return
 	}
 	follow := arrived
@@ -99,6 +109,15 @@ func (l *live) see(e *audit.Event) {
 	}
 	l.conns[r.ID] = c
 	l.judge(r.ID)
+}
+
+// tellRevoked says in a record that the connection was ended from here. mu is held.
+func (l *live) tellRevoked(r *audit.Record) {
+	if why, ok := l.revoked[r.ID]; ok {
+		delete(l.revoked, r.ID)
+		r.Ended = "revoked"
+		r.Reason += "; revoked: " + why.reason
+	}
 }
 
 // arrived reads the record of a connection at its destination.
@@ -119,7 +138,7 @@ func left(r *audit.Record) (liveConn, error) {
 	remote, err2 := netip.ParseAddrPort(r.Destination.Via)
 	from, err3 := spiffeid.FromString(r.Source.ID)
 	to, err4 := spiffeid.FromString(r.Destination.ID)
-	return liveConn{from: from, to: to, workload: r.Source.Workload, local: local, remote: remote}, errors.Join(err1, err2, err3, err4)
+	return liveConn{from: from, to: to, serial: r.Destination.Serial, workload: r.Source.Workload, local: local, remote: remote}, errors.Join(err1, err2, err3, err4)
 }
 
 // update puts a new state into force and judges every open connection by it.
@@ -143,7 +162,7 @@ func (l *live) judge(id string) {
 		return // gone
 	}
 	if why, ok := l.state.revoked[c.serial]; ok && why.refused {
-		l.end(id, c, w, why.text())
+		l.end(id, c, w, c.refused(why))
 		return
 	}
 	if !c.to.IsZero() { // whom the application admits is for it to say
@@ -212,6 +231,11 @@ func (l *live) forget(lost map[string]bool) {
 	for id := range lost {
 		delete(l.conns, id)
 		delete(l.revoked, id)
+	}
+	for key, t := range l.leaving {
+		if maps.DeleteFunc(t.conns, func(id string, _ bool) bool { return lost[id] }); len(t.conns) == 0 {
+			delete(l.leaving, key)
+		}
 	}
 }
 

@@ -23,6 +23,9 @@ type revokedCert struct {
 
 func (r revokedCert) text() string { return authz.CallerRevoked + ": " + r.reason }
 
+// ofServer is why a connection that leaves ends.
+func (r revokedCert) ofServer() string { return authz.ServerRevoked + ": " + r.reason }
+
 // maxRevoked bounds what a node takes, above what any control plane sends.
 const maxRevoked = 4096
 
@@ -134,11 +137,14 @@ func (l *live) revoke(s *nodeState) {
 	for id, c := range l.conns { // first, so that the audit says why they ended
 		w := s.workload(c.workload)
 		if why := s.revoked[c.serial]; why.refused && w != nil && w.Capture != nil {
-			l.end(id, c, w, why.text())
+			l.end(id, c, w, c.refused(why))
 		}
 	}
 	l.state = s
 	for key := range l.tunnels {
 		l.judgeTunnel(key)
+	}
+	for key := range l.leaving {
+		l.judgeLeaving(key)
 	}
 }

@@ -118,6 +118,10 @@ func (m *Model) QuarantinedNode(node string) (name string, ok bool) {
 // whatever the policies say. What was given as the reason of that may follow.
 const CallerRevoked = "the caller's certificate is revoked"
 
+// ServerRevoked is the reason why a connection with a server ended that proved itself by
+// a certificate which is revoked.
+const ServerRevoked = "the server's certificate is revoked"
+
 // CallerExpired is the reason why a caller is refused whose certificate has expired
 // since it opened its tunnel.
 const CallerExpired = "the caller's certificate has expired since it opened the tunnel"

@@ -4,9 +4,14 @@
 package accesslog
 
 import (
+	"encoding/asn1"
+	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"math"
+	"math/big"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -37,6 +42,7 @@ type line struct {
 	Self      string `json:"self"`
 	Client    string `json:"client"`
 	Peer      string `json:"peer"`
+	Cert      string `json:"cert"` // the server's, PEM, URL-encoded
 	PeerDNS   string `json:"peerDNS"`
 	Want      string `json:"want"`
 	Endpoint  string `json:"endpoint"`
@@ -218,8 +224,8 @@ func tunnel(l *line, e *audit.Event) error {
 	r := &e.Record
 	e.Final = l.Type == "TcpConnectionEnd"
 	r.Side, r.Transport = audit.Source, "mtls"
-	r.Source = audit.Party{ID: l.Client, Workload: conn[0], Address: conn[1]}
-	r.Destination = audit.Party{ID: l.Peer, Workload: l.Workload, Address: conn[2], Via: l.Endpoint}
+	r.Source = audit.Party{ID: l.Client, Workload: conn[0], Address: conn[1], Via: l.Local}
+	r.Destination = audit.Party{ID: l.Peer, Workload: l.Workload, Address: conn[2], Via: l.Endpoint, Serial: serial(l.Cert)}
 	if strings.Contains(l.Peer, ",") {
 		// The proxy made sure that the wanted identity is among the names, and
 		// several names are nobody's.
@@ -290,7 +296,7 @@ func originate(l *line, e *audit.Event) error {
 	r.TLS = negotiated(l)
 	switch {
 	case r.TLS != nil:
-		r.Destination.ID = l.Want
+		r.Destination.ID, r.Destination.Serial = l.Want, serial(l.Cert)
 		r.Verdict, r.Reason = audit.Allowed, "the application proved who it is; whom it admits it decides by itself"
 	case unproven(l.Failure):
 		r.Verdict, r.Reason = audit.Failed, notWanted(l)
@@ -422,6 +428,38 @@ func handshake(l *line, e *audit.Event) {
 		// Nobody was judged: a caller that ends, for one, takes its handshakes along.
 		r.Verdict, r.Reason = audit.Failed, "the connection broke in the handshake: "+l.Failure
 	}
+}
+
+// serial reads the serial number of a certificate, as the proxy writes that of a
+// caller. Whose the certificate is has been verified; of one that cannot be read there
+// is none.
+func serial(encoded string) string {
+	text, err := url.PathUnescape(encoded)
+	if err != nil {
+		return ""
+	}
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return ""
+	}
+	// RFC 5280, section 4.1: Certificate, TBSCertificate, version, which one with names
+	// has, serialNumber.
+	var cert, tbs, version asn1.RawValue
+	var number *big.Int
+	if _, err := asn1.Unmarshal(block.Bytes, &cert); err != nil {
+		return ""
+	}
+	if _, err := asn1.Unmarshal(cert.Bytes, &tbs); err != nil {
+		return ""
+	}
+	rest, err := asn1.Unmarshal(tbs.Bytes, &version)
+	if err != nil || version.Class != asn1.ClassContextSpecific {
+		return ""
+	}
+	if _, err := asn1.Unmarshal(rest, &number); err != nil || number.Sign() <= 0 {
+		return ""
+	}
+	return hex.EncodeToString(number.Bytes())
 }
 
 func negotiated(l *line) *audit.TLS {

@@ -68,6 +68,7 @@ func TestDecode(t *testing.T) {
 		"tunnel-unreachable":           {true, audit.Source, audit.Failed, "mtls", client, "", "", "No_route_to_host", 0, 0, "UF,URX"},
 		"tunnel-observed-denied-end":   {true, audit.Source, audit.Observed, "mtls", other, bench, "", "enforce would deny", 100, 50, ""},
 		"tunnel-observed-allowed-open": nil, "tunnel-observed-allowed-end": nil, "tunnel-observed-denied-open": nil,
+		"tunnel-with-certificate": {false, audit.Source, audit.Allowed, "mtls", sa("shop", "web"), sa("shop", "server"), "shop/web-to-server", "shop/web-to-server", 0, 0, ""},
 		// What the application showed inside the tunnel is not in the tunnel's line.
 		"out-inside-wrong":              {true, audit.Source, audit.Failed, "mtls", client, "", "", "inside the tunnel, the application did not prove by mutual TLS that it is " + server, 0, 0, ""},
 		"out-inside-no-tls":             {true, audit.Source, audit.Failed, "mtls", client, "", "", "WRONG_VERSION_NUMBER", 0, 0, ""},
@@ -275,6 +276,40 @@ func FuzzForge(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestServerSerial: the source's record has the number of the certificate that the
+// server proved itself by, as the destination's has the caller's, and which socket the
+// tunnel is; what is no certificate has none, and the record is there.
+func TestServerSerial(t *testing.T) {
+	real := lines(t)["tunnel-with-certificate"]
+	e, ok, err := Decode(real)
+	if err != nil || !ok || e.Record.Destination.Serial != "34a3b3a83b68a5975954212e6dbd0b6e" || e.Record.Source.Via != "10.88.0.10:8346" {
+		t.Fatalf("%+v, %t, %v", e.Record, ok, err)
+	}
+	var m map[string]any
+	if err := json.Unmarshal(real, &m); err != nil {
+		t.Fatal(err)
+	}
+	good := m["cert"].(string)
+	for name, cert := range map[string]string{
+		"none": "", "no PEM": "x", "bad encoding": "%zz", "nothing inside": "-----BEGIN%20CERTIFICATE-----%0A-----END%20CERTIFICATE-----%0A",
+		"cut": good[:200], "not DER": "-----BEGIN%20CERTIFICATE-----%0AAAAA%0A-----END%20CERTIFICATE-----%0A",
+		"another length": strings.Replace(good, "MIIBzDCC", "MIIBzTCC", 1),
+	} {
+		m["cert"] = cert
+		line, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, ok, err := Decode(line)
+		if err != nil || !ok || got.Record.Destination.ID != e.Record.Destination.ID {
+			t.Errorf("%s: %+v, %t, %v", name, got.Record, ok, err)
+		}
+		if got.Record.Destination.Serial != "" {
+			t.Errorf("%s: the number is %q", name, got.Record.Destination.Serial)
+		}
+	}
 }
 
 // A caller's record names the workload that answered, and not the one that had

@@ -146,10 +146,11 @@ type Party struct {
 	Workload string `json:"workload,omitempty"`
 	// Address is "ip:port".
 	Address string `json:"address,omitempty"`
-	// Serial is the hexadecimal serial number of the certificate.
+	// Serial is the hexadecimal serial number of the certificate that the other end
+	// was shown; of a record's own end there is none.
 	Serial string `json:"serial,omitempty"`
-	// Via is the address of the proxy's own socket towards the application,
-	// at the destination or, of a Direct connection, at the source.
+	// Via is the address of the proxy's own socket: at the destination towards the
+	// application, at the source the one that left, which a tunnel's connections share.
 	Via string `json:"via,omitempty"`
 }
 

@@ -21,6 +21,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/signet-mesh/signet/agent/audit"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/internal/adminclient"
 	"github.com/signet-mesh/signet/internal/lab"
 	"github.com/signet-mesh/signet/sdk"
@@ -372,7 +373,8 @@ func TestOriginateNobodyElse(t *testing.T) {
 
 // TestOriginateEnds: a connection that the caller's proxy made to an application in no
 // namespace of the mesh ends when either of the two is quarantined, also one from before
-// the agent was killed, and there is no other until that is over; one inside a tunnel
+// the agent was killed, and there is no other until that is over, and when the
+// application's certificate is revoked; one inside a tunnel
 // ends when its policy goes. An edit that says that an application speaks TLS, or not
 // any more, holds for the next connection.
 //
@@ -398,8 +400,8 @@ func TestOriginateEnds(t *testing.T) {
 		over, began := h.ending(), time.Now()
 		cause()
 		ended := <-over
-		if ended.IsZero() || ended.Sub(began) > 3*time.Second {
-			t.Errorf("%s: the open connection ended at %v, want within 3s", what, ended)
+		if ended.IsZero() || ended.Sub(began) > revokedWithin {
+			t.Errorf("%s: the open connection ended at %v, want within %s", what, ended, revokedWithin)
 		}
 		t.Logf("%s: the connection ended after %s", what, ended.Sub(began).Round(time.Millisecond))
 		if reason == "" {
@@ -443,6 +445,17 @@ spec: {reason: a test, serviceAccounts: [%s]}
 		return nil
 	})
 	again()
+	h = hold(t, m.Pod("client"), at)
+	_, serial := copied(t, m, sa("direct"))
+	ends("the application's certificate", h, func() {
+		if out, code := m.CLI("ca", "revoke", "--serial", serial, "--reason", "copied"); code != 0 {
+			t.Fatalf("signet ca revoke: %d, %s", code, out)
+		}
+	}, authz.ServerRevoked+": copied")
+	if r := recordOf(t, m, audit.Source, h.own); r.Destination.Serial != serial {
+		t.Errorf("by which certificate the application proved itself: %+v", r)
+	}
+	m.Eventually(10*time.Second, "calls by the application's next certificate", func() error { return callEcho(t.Context(), m.Pod("client"), at) })
 
 	// Inside a tunnel.
 	ends("policy", hold(t, m.Pod("client"), atSPIFFE), func() { m.Write("policies.yaml", "") }, "")

@@ -16,10 +16,10 @@ import (
 )
 
 // TestCallersCannotTellCertificates holds what docs/decisions.md says of why a
-// caller's proxy refuses no revoked server: of the real proxy's means, none knows
-// the number of a server's certificate but a list signed by the authority below
-// which it is, and such a list has everything refused below authorities that have
-// none. A proxy for which this fails can do more.
+// caller's proxy refuses no revoked server, and the agent ends the connection after
+// it: of the real proxy's means, none compares the number of a server's certificate
+// but a list signed by the authority below which it is, and such a list has everything
+// refused below authorities that have none. A proxy for which this fails can do more.
 func TestCallersCannotTellCertificates(t *testing.T) {
 	for _, what := range []string{"SERIAL", "FINGERPRINT_256"} {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

@@ -22,7 +22,9 @@ import (
 	"google.golang.org/grpc/credentials"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/signet-mesh/signet/agent/audit"
 	nodev1 "github.com/signet-mesh/signet/api/node/v1"
+	"github.com/signet-mesh/signet/authz"
 	"github.com/signet-mesh/signet/test/cluster"
 	"github.com/signet-mesh/signet/test/harness"
 )
@@ -114,7 +116,7 @@ func (b *bench) revoked(args ...string) (list revocations) {
 // the workload, and its namesake on the other node, go on. Each node is connected
 // to another replica of the control plane. It outlives a restart of both. A node's
 // certificate that is revoked is good for nothing at either, and the node comes back
-// with its agent's next token.
+// with its agent's next token. Of a server's the callers' nodes hear as well.
 //
 // What it defends: that each replica takes the list from the MeshConfig
 // (internal/kube/revoked.go, control.set), also when it starts, and that nodes keep
@@ -247,6 +249,45 @@ func TestRevokeInCluster(t *testing.T) {
 		t.Errorf("revoked again: %+v", list)
 	}
 	unrevoke()
+	l.serverRevoked(node1)
+	unrevoke()
+}
+
+// serverRevoked revokes the certificate of the server that is called: what leads to it
+// ends at the callers, on the server's node and on the other, who go on with the next.
+func (l *loaded) serverRevoked(on *cluster.Node) {
+	l.Helper()
+	l.steady(time.Minute)
+	_, serial := l.copied(on, id(l.namespace, "server"))
+	began := time.Now()
+	l.revoked("revoke", "--serial", serial, "--reason", "copied too")
+	l.steady(time.Minute)
+	l.eventually(20*time.Second, func() string {
+		out, err := l.command(l.Context(), "kubectl", "signet", "audit", "--serial", serial, "--side", "source", "--limit=0", "-o", "json").Output()
+		var found struct{ Records []audit.Record }
+		if err == nil {
+			err = json.Unmarshal(out, &found)
+		}
+		ended := map[string]int{}
+		for _, r := range found.Records {
+			if r.Destination.Serial == serial && r.Ended == "revoked" && strings.Contains(r.Reason, authz.ServerRevoked+": copied too") {
+				ended[r.Node]++
+			}
+		}
+		if err != nil || ended["node1"] == 0 || ended["node2"] == 0 {
+			return fmt.Sprintf("of %d connections with the server's certificate were ended %v, %v", len(found.Records), ended, err)
+		}
+		l.Logf("%v connections with the server's certificate were ended", ended)
+		return ""
+	})
+	for _, name := range []string{"far", "near"} {
+		// Those that were asked for as the old tunnels ended are in them.
+		if _, sum := l.loads(l.namespace, name, began); sum.OK == 0 || sum.Failed > sum.OK/20 || sum.Wrong > 0 {
+			l.Errorf("%s while the server's certificate was revoked: %+v", name, sum)
+		} else {
+			l.Logf("%s meanwhile: %d new connections, %d failed, %d streams ended", name, sum.OK+sum.Failed, sum.Failed, sum.StreamFailed)
+		}
+	}
 }
 
 // waitForToken waits until a node whose certificate was revoked has another, by the
