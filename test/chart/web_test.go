@@ -209,10 +209,13 @@ func (b *bench) token(client *http.Client) {
 	}
 	var text string
 	b.eventually(30*time.Second, func() string {
-		out, err := b.cluster.Kubectl(b.Context(), "-n", "tokens", "exec", "caller", "--", "/token", "bank").Output()
+		cmd := b.cluster.Kubectl(b.Context(), "-n", "tokens", "exec", "caller", "--", "/token", "bank")
+		var said strings.Builder
+		cmd.Stderr = &said
+		out, err := cmd.Output()
 		text = strings.TrimSpace(string(out))
 		if err != nil {
-			return fmt.Sprintf("the pod has no token: %v", err)
+			return fmt.Sprintf("the pod has no token: %v: %s", err, said.String())
 		}
 		return ""
 	})
