@@ -34,17 +34,12 @@ func (l *live) seeLeaving(e *audit.Event) {
 		return // it came to no tunnel
 	}
 	key := leaving{r.Source.Workload, local}
-	t, known := l.leaving[key]
+	t := l.leaving[key]
 	if t.serial != r.Destination.Serial { // another tunnel has the port now
-		t, known = led{serial: r.Destination.Serial, conns: map[string]bool{}}, false
+		t = led{serial: r.Destination.Serial, conns: map[string]bool{}}
 	}
 	t.remote = netip.AddrPortFrom(to.Addr(), mesh.PortTunnel)
-	if !known && len(l.leaving) >= maxTunnels {
-		for other := range l.leaving { // any
-			delete(l.leaving, other)
-			break
-		}
-	}
+	makeRoom(l.leaving, key)
 	l.leaving[key] = t
 	if e.Final {
 		delete(t.conns, r.ID)
@@ -59,13 +54,9 @@ func (l *live) seeLeaving(e *audit.Event) {
 
 // judgeLeaving ends a tunnel whose server's certificate is revoked. mu is held.
 func (l *live) judgeLeaving(key leaving) {
-	if l.state == nil {
-		return
-	}
 	t := l.leaving[key]
-	why, ok := l.state.revoked[t.serial]
-	w := l.state.workload(key.workload)
-	if !ok || !why.refused || w == nil || w.Capture == nil {
+	why, w, refused := l.refuses(t.serial, key.workload)
+	if !refused {
 		return
 	}
 	delete(l.leaving, key)

@@ -82,6 +82,27 @@ type shown struct {
 // first connection that it asks for.
 const maxTunnels = 8192
 
+// makeRoom forgets any tunnel, if there are too many to keep one more in mind.
+func makeRoom[K comparable, V any](tunnels map[K]V, key K) {
+	if _, known := tunnels[key]; known || len(tunnels) < maxTunnels {
+		return
+	}
+	for other := range tunnels {
+		delete(tunnels, other)
+		return
+	}
+}
+
+// refuses reports why a certificate is refused, if it is, and which captured workload
+// a connection with it is of. mu is held.
+func (l *live) refuses(serial, workload string) (why revokedCert, w *mesh.Workload, refused bool) {
+	if l.state == nil {
+		return why, nil, false
+	}
+	why, w = l.state.revoked[serial], l.state.workload(workload)
+	return why, w, why.refused && w != nil && w.Capture != nil
+}
+
 // seeTunnel notes with which certificate a tunnel was opened, and ends the tunnel
 // when that is refused. mu is held.
 func (l *live) seeTunnel(r *audit.Record) {
@@ -91,25 +112,16 @@ func (l *live) seeTunnel(r *audit.Record) {
 		return
 	}
 	key := liveTunnel{r.Destination.Workload, peer}
-	if _, known := l.tunnels[key]; !known && len(l.tunnels) >= maxTunnels {
-		for other := range l.tunnels { // any
-			delete(l.tunnels, other)
-			break
-		}
-	}
+	makeRoom(l.tunnels, key)
 	l.tunnels[key] = shown{serial: r.Source.Serial, local: to.Addr()}
 	l.judgeTunnel(key)
 }
 
 // judgeTunnel ends a tunnel whose certificate is refused. mu is held.
 func (l *live) judgeTunnel(key liveTunnel) {
-	if l.state == nil {
-		return
-	}
 	s := l.tunnels[key]
-	why, ok := l.state.revoked[s.serial]
-	w := l.state.workload(key.workload)
-	if !ok || !why.refused || w == nil || w.Capture == nil {
+	why, w, refused := l.refuses(s.serial, key.workload)
+	if !refused {
 		return
 	}
 	delete(l.tunnels, key)

@@ -14,8 +14,9 @@ var ErrInvalidEvent = errors.New("invalid audit event")
 //
 // The first event about a connection gives it its Seq. One that is not final
 // opens the connection, or changes fields of an open one. A final event ends
-// it; a refused connection, a refusal and an issuance have only that one. Fields that an event sets win;
-// those it leaves empty are kept. The store sets Seq and Node itself.
+// it; a refused connection, a refusal and an issuance have only that one. Fields
+// that an event sets win; those it leaves empty are kept. The store sets Seq and
+// Node itself.
 type Event struct {
 	Record Record
 	Final  bool

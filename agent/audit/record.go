@@ -6,6 +6,7 @@ package audit
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -32,7 +33,11 @@ func ParseVerdict(s string) (Verdict, error) {
 	if v := Verdict(s); slices.Contains(Verdicts(), v) {
 		return v, nil
 	}
-	return "", fmt.Errorf("%q is none of %s, %s, %s, %s, %s, %s", s, Allowed, Denied, Observed, Failed, Refused, Issued)
+	var names []string
+	for _, v := range Verdicts() {
+		names = append(names, string(v))
+	}
+	return "", fmt.Errorf("%q is none of %s", s, strings.Join(names, ", "))
 }
 
 // Side says which end of the connection the record was made at.
